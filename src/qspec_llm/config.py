@@ -1,0 +1,88 @@
+"""Options of one engine: frozen, checked once, with every "auto" already decided."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from qspec_llm.errors import QSpecError
+from qspec_llm.kernels import BACKENDS
+from qspec_llm.weights.checkpoint import Checkpoint
+from qspec_llm.weights.planes import GROUPS
+from qspec_llm.weights.quantize import Recipe, Target
+from qspec_llm.weights.view import Activation, View, draft_view
+
+__all__ = ["DEFAULT_GAMMA", "DEFAULT_GROUP", "EngineConfig", "parse_choice", "resolve_target"]
+
+DEFAULT_GAMMA = 3
+DEFAULT_GROUP = 32
+DEFAULT_MAX_BATCH = 8
+DEFAULT_KV_TOKENS = 16384
+
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that decides how a model is stored and run.
+
+    Attributes:
+        target: what the verify view reproduces.
+        draft: activations of the draft view.
+        gamma: tokens drafted in each cycle, 0 for plain decoding.
+        group: weights that share one scale.
+        max_batch: requests that run at once.
+        max_tokens_in_kv: tokens that the KV cache holds.
+        backend: whose kernels run.
+    """
+
+    target: Target
+    draft: Activation = Activation.A8
+    gamma: int = DEFAULT_GAMMA
+    group: int = DEFAULT_GROUP
+    max_batch: int = DEFAULT_MAX_BATCH
+    max_tokens_in_kv: int = DEFAULT_KV_TOKENS
+    backend: str = "reference"
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise QSpecError(f"group is {self.group}; it must be one of {GROUPS}")
+        for name in ("max_batch", "max_tokens_in_kv"):
+            if getattr(self, name) < 1:
+                raise QSpecError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.backend not in BACKENDS:
+            raise QSpecError(f"backend {self.backend!r} is not one of {', '.join(BACKENDS)}")
+
+    @property
+    def recipe(self) -> Recipe:
+        """How weights are nested."""
+        return Recipe(self.target, self.group)
+
+    @property
+    def draft_view(self) -> View:
+        """The view that proposes."""
+        return draft_view(self.draft)
+
+
+def parse_choice(kind: type[_Choice], value: str, option: str) -> _Choice:
+    """`value` as a member of an enumeration of options.
+
+    Raises:
+        QSpecError: it is not one of them.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise QSpecError(f"{option} is {value!r}; it must be one of {', '.join(kind)}") from None
+
+
+def resolve_target(value: str, checkpoint: Checkpoint) -> Target:
+    """The target that "auto" means: the precision that the checkpoint itself has."""
+    if value != "auto":
+        return parse_choice(Target, value, "target")
+    stored = getattr(checkpoint, "target", None)
+    if isinstance(stored, Target):
+        return stored
+    types = [checkpoint.type_name(name) for name in checkpoint.names()]
+    if any(type_name.startswith("Q4") for type_name in types):
+        return Target.INT4
+    return Target.INT8 if "Q8_0" in types else Target.BF16

@@ -1,0 +1,139 @@
+"""Which drafted tokens stand, and the token after them. The algorithm is two pure functions.
+
+Greedy: a draft stands while it is the verify view's own choice. Sampling: speculative sampling
+(Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2), whose output has exactly the
+verify view's distribution, whatever the draft's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qspec_llm.engine.batch import Batch, Span
+from qspec_llm.engine.draft import Drafts
+from qspec_llm.engine.random import Stream, uniform
+from qspec_llm.engine.request import TokenLogprobs
+from qspec_llm.engine.sampling import adjust, pick, probabilities
+
+__all__ = ["Accepted", "accept", "accept_greedy", "accept_sampled"]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Outcome for one span: accepted drafts and one token of the verifier's own.
+
+    Empty for a span that ends before the last known token, which decides nothing yet.
+    """
+
+    tokens: tuple[int, ...] = ()
+    num_accepted: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def accept_greedy(draft_tokens: Tensor, target_tokens: Tensor) -> int:
+    """How many drafts equal the verifier's choice before the first that does not.
+
+    Args:
+        draft_tokens: [gamma] int64.
+        target_tokens: [gamma + 1] int64, the verifier's choice at each position.
+    """
+    is_equal = draft_tokens == target_tokens[: len(draft_tokens)]
+    return int(is_equal.long().cumprod(0).sum())
+
+
+def accept_sampled(
+    draft_tokens: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    accept_draws: Tensor,
+    residual_draws: Tensor,
+) -> tuple[int, int]:
+    """Speculative sampling: how many drafts stand, and the token drawn after them.
+
+    A draft x stands with probability min(1, target(x) / draft(x)). The token after the first that
+    does not is drawn from max(target - draft, 0), normalised; after gamma accepted drafts it is
+    drawn from the target.
+
+    Args:
+        draft_tokens: [gamma] int64.
+        draft_probs: [gamma, V], the distributions the drafts were drawn from.
+        target_probs: [gamma + 1, V].
+        accept_draws: [gamma] in [0, 1).
+        residual_draws: [gamma + 1] in [0, 1).
+    """
+    gamma = len(draft_tokens)
+    index = torch.arange(gamma)
+    target, proposed = target_probs[index, draft_tokens], draft_probs[index, draft_tokens]
+    stands = accept_draws * proposed < target
+    num_accepted = int(stands.long().cumprod(0).sum())
+    probs = target_probs[num_accepted]
+    if num_accepted < gamma:
+        residual = (probs - draft_probs[num_accepted]).clamp(min=0)
+        # Equal up to rounding: a rejection then has probability 0 up to rounding too.
+        probs = residual if residual.sum() > 0 else probs
+    draw = residual_draws[num_accepted]
+    return num_accepted, int(pick(probs[None], draw[None]))
+
+
+def accept(batch: Batch, drafts: Drafts, logits: Tensor) -> list[Accepted]:
+    """Decide every span of a verified batch.
+
+    Args:
+        batch: the spans as scheduled, before drafts were appended.
+        drafts: what was proposed after each.
+        logits: [sum over deciding spans of drafted + 1, vocabulary] from the verify view.
+    """
+    parts = _split(batch, drafts, logits)
+    return [
+        _decide(span, drafted, probs, part) if len(part) else Accepted()
+        for span, drafted, probs, part in zip(
+            batch.spans, drafts.tokens, drafts.probs, parts, strict=True
+        )
+    ]
+
+
+def _split(batch: Batch, drafts: Drafts, logits: Tensor) -> Iterator[Tensor]:
+    verified = batch.extend(drafts.tokens)
+    yield from torch.split(logits, [span.num_logits for span in verified.spans])
+
+
+def _decide(span: Span, drafted: list[int], draft_probs: list[Tensor], logits: Tensor) -> Accepted:
+    """One span: logits [gamma + 1, vocabulary]."""
+    request = span.request
+    draft_tokens = torch.tensor(drafted, dtype=torch.int64)
+    adjusted = adjust(logits, request, drafted)
+    if request.params.is_greedy:
+        target_tokens = adjusted.argmax(-1)
+        num_accepted = accept_greedy(draft_tokens, target_tokens)
+        last = int(target_tokens[num_accepted])
+    else:
+        positions = torch.arange(span.stop, span.stop + len(drafted) + 1)
+        num_accepted, last = accept_sampled(
+            draft_tokens,
+            torch.stack(draft_probs) if draft_probs else adjusted[:0],
+            probabilities(adjusted, request.params),
+            uniform(request.seed, request.sample, positions[:-1], Stream.ACCEPT),
+            uniform(request.seed, request.sample, positions, Stream.RESIDUAL),
+        )
+    tokens = (*drafted[:num_accepted], last)
+    return Accepted(tokens, num_accepted, _logprobs(logits, tokens, request.params.logprobs))
+
+
+def _logprobs(
+    logits: Tensor, tokens: tuple[int, ...], num_top: int | None
+) -> tuple[TokenLogprobs, ...]:
+    """Log-probabilities of the chosen tokens and the most likely ones, from raw verify logits."""
+    if num_top is None:
+        return ()
+    table = torch.log_softmax(logits[: len(tokens)].double(), dim=-1)
+    top = table.topk(num_top, dim=-1)
+    return tuple(
+        TokenLogprobs(
+            token, float(table[row, token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        )
+        for row, (token, ids, values) in enumerate(
+            zip(tokens, top.indices, top.values, strict=True)
+        )
+    )

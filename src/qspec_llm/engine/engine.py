@@ -1,0 +1,167 @@
+"""The engine: add requests, step until they are finished."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qspec_llm.engine.accept import accept
+from qspec_llm.engine.draft import draft
+from qspec_llm.engine.emit import Emission, emit
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.request import Request
+from qspec_llm.engine.runner import Runner
+from qspec_llm.engine.scheduler import Scheduler
+from qspec_llm.engine.text import TextStream, Tokenizer
+from qspec_llm.errors import QSpecError
+from qspec_llm.kv.blocks import BLOCK_SIZE, BlockAllocator
+from qspec_llm.weights.view import VERIFY, View
+
+__all__ = ["MAX_GAMMA", "Engine", "StepSeconds"]
+
+MAX_GAMMA = 16  # tokens drafted in a cycle
+MAX_ROWS = 512  # rows computed in a step: a longer prompt is processed in chunks
+
+
+@dataclass
+class StepSeconds:
+    """Where the time of all steps went."""
+
+    draft: float = 0.0
+    verify: float = 0.0
+    other: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.draft + self.verify + self.other
+
+
+class Engine:
+    """Batched speculative generation over one runner.
+
+    Args:
+        runner: the decoder and its cache.
+        tokenizer: turns output tokens into text.
+        draft_view: the view that proposes.
+        gamma: tokens to draft in each cycle, unless a request says otherwise; 0 for none.
+        max_batch: requests that run at once.
+        max_rows: rows computed in one step.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        draft_view: View,
+        *,
+        gamma: int,
+        max_batch: int,
+        max_rows: int = MAX_ROWS,
+    ) -> None:
+        num_blocks = runner.kv[0].keys.shape[0] // BLOCK_SIZE
+        self.seconds = StepSeconds()
+        self._runner, self._tokenizer, self._draft_view = runner, tokenizer, draft_view
+        self._gamma = check_gamma(gamma)
+        # room for every running request's cycle, so that load never shortens a draft
+        max_rows = max(max_rows, max_batch * (MAX_GAMMA + 1))
+        self._scheduler = Scheduler(BlockAllocator(num_blocks), max_batch, max_rows)
+        self._cache_tokens = num_blocks * BLOCK_SIZE
+        self._num_requests = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.has_work
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        gamma: int | None = None,
+        sample: int = 0,
+        seed: int | None = None,
+    ) -> Request:
+        """Queue one completion of a prompt.
+
+        Args:
+            prompt: token ids.
+            params: sampling options; `params.n` is the caller's to expand, by `sample`.
+            gamma: tokens to draft in each cycle; the engine's own by default.
+            sample: which of the prompt's completions this is.
+            seed: key of its draws; `params.seed`, or a fresh one, by default.
+
+        Raises:
+            QSpecError: the prompt is empty, has a token outside the vocabulary, or does not fit.
+        """
+        config = self._runner.decoder.config
+        if not prompt:
+            raise QSpecError("the prompt is empty; it needs at least one token")
+        if not (min(prompt) >= 0 and max(prompt) < config.vocab_size):
+            raise QSpecError(
+                f"the prompt has a token outside the vocabulary of {config.vocab_size}"
+            )
+        for limit, what in (
+            (config.context_length, "the model's context"),
+            (self._cache_tokens, "the KV cache"),
+        ):
+            if len(prompt) >= limit:
+                raise QSpecError(
+                    f"the prompt has {len(prompt)} tokens, but {what} holds {limit}, "
+                    "the answer included"
+                )
+        longest = min(config.context_length, self._cache_tokens)
+        end_ids = () if params.ignore_eos else config.eos_token_ids
+        if seed is None:
+            seed = params.seed if params.seed is not None else secrets.randbits(64)
+        request = Request(
+            request_id=self._num_requests,
+            prompt=tuple(prompt),
+            params=params,
+            seed=seed,
+            sample=sample,
+            gamma=self._gamma if gamma is None else check_gamma(gamma),
+            max_total=min(len(prompt) + params.max_tokens, longest),
+            stop_ids=frozenset((*end_ids, *params.stop_token_ids)),
+            text=TextStream(self._tokenizer, tuple(params.stop)),
+        )
+        self._num_requests += 1
+        self._scheduler.add(request)
+        return request
+
+    def abort(self, request_id: int) -> Request | None:
+        """End a request now; None if it has finished or never was."""
+        request = self._scheduler.abort(request_id)
+        if request is not None:
+            request.text.finish()
+        return request
+
+    def step(self) -> list[Emission]:
+        """One cycle: draft, verify, accept, commit. Returns what became certain."""
+        started = time.perf_counter()
+        batch = self._scheduler.schedule()
+        num_before = [len(span.request.output) for span in batch.spans]
+        drafting = time.perf_counter()
+        drafts = draft(self._runner, batch, self._draft_view)
+        verifying = time.perf_counter()
+        logits = self._runner.forward(batch.extend(drafts.tokens), VERIFY)  # overwrites draft KV
+        accepting = time.perf_counter()
+        accepted = accept(batch, drafts, logits)
+        self._scheduler.commit(batch, accepted)
+        emissions = emit(batch, accepted, num_before)
+        self.seconds.draft += verifying - drafting
+        self.seconds.verify += accepting - verifying
+        self.seconds.other += time.perf_counter() - accepting + drafting - started
+        return emissions
+
+
+def check_gamma(gamma: int) -> int:
+    """`gamma` itself if it is within its limit.
+
+    Raises:
+        QSpecError: it is not.
+    """
+    if not 0 <= gamma <= MAX_GAMMA:
+        raise QSpecError(f"gamma is {gamma}; it must be between 0 and {MAX_GAMMA}")
+    return gamma

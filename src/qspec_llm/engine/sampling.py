@@ -1,0 +1,85 @@
+"""From logits to the distribution a token is drawn from, and the draw. Pure functions of tensors.
+
+The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Draft and verify logits go through
+the same functions, so both distributions have the same support rules.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.request import Request
+
+__all__ = ["adjust", "pick", "probabilities"]
+
+
+def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
+    """Apply penalties and min_tokens to the logits of consecutive positions of one request.
+
+    Args:
+        logits: [L, vocabulary]; the last row decides the token after all of `drafted`, each row
+            before it one token earlier.
+        request: whose prompt and output come before them.
+        drafted: tokens drafted after the output.
+
+    Returns:
+        [L, vocabulary]: `logits` itself where nothing applies.
+    """
+    params = request.params
+    num_rows = logits.shape[0]
+    histories = [drafted[: len(drafted) - num_rows + 1 + row] for row in range(num_rows)]
+    if params.has_penalties:
+        logits = torch.stack(
+            [_penalise(row, request, drafts) for row, drafts in zip(logits, histories, strict=True)]
+        )
+    short = [len(request.output) + len(drafts) < params.min_tokens for drafts in histories]
+    if any(short) and request.stop_ids:
+        logits = logits.clone()
+        rows = torch.tensor(short).nonzero()
+        logits[rows, torch.tensor(sorted(request.stop_ids))] = -torch.inf
+    return logits
+
+
+def _penalise(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
+    """Penalties on one row [vocabulary], in the order of vLLM."""
+    params = request.params
+    output = torch.tensor([*request.output, *drafted], dtype=torch.int64)
+    counts = torch.bincount(output, minlength=logits.shape[0])
+    is_seen = counts > 0
+    is_seen[torch.tensor(request.prompt)] = True
+    factor = torch.where(logits > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+    logits = torch.where(is_seen, logits * factor, logits)
+    logits = logits - params.frequency_penalty * counts
+    return logits - params.presence_penalty * (counts > 0)
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution to draw from at a temperature above 0: logits [L, V] to [L, V] float32."""
+    probs = torch.softmax(logits.float() / params.temperature, dim=-1)
+    if params.min_p > 0:
+        probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0)
+    if 0 < params.top_k < probs.shape[-1]:
+        smallest = probs.topk(params.top_k, dim=-1).values[..., -1:]
+        probs = probs.masked_fill(probs < smallest, 0)
+    if params.top_p < 1:
+        probs = probs / probs.sum(-1, keepdim=True)
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        # a token stays if those before it have not reached top_p yet
+        is_out = ranked.cumsum(-1) - ranked >= params.top_p
+        probs = probs.masked_fill(torch.zeros_like(is_out).scatter(-1, order, is_out), 0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def pick(probs: Tensor, draws: Tensor) -> Tensor:
+    """Invert the cumulative distribution: probs [L, V] (any scale), draws [L] in [0, 1): [L] int64.
+
+    A token of probability 0 is never picked.
+    """
+    cumulative = probs.double().cumsum(-1)
+    # a draw below 1 times the total may still round up to it
+    threshold = (draws[:, None] * cumulative[:, -1:]).minimum(
+        torch.nextafter(cumulative[:, -1:], torch.zeros_like(cumulative[:, -1:]))
+    )
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)

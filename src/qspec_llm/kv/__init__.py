@@ -1,0 +1,1 @@
+"""The KV cache: which blocks belong to whom (`blocks`) and where the bytes are (`pool`)."""

@@ -1,0 +1,257 @@
+"""The offline API: load a model once, generate for a list of prompts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qspec_llm.config import (
+    DEFAULT_GAMMA,
+    DEFAULT_GROUP,
+    DEFAULT_KV_TOKENS,
+    DEFAULT_MAX_BATCH,
+    EngineConfig,
+    parse_choice,
+    resolve_target,
+)
+from qspec_llm.engine.emit import Emission
+from qspec_llm.engine.engine import Engine, check_gamma
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.request import FinishReason, Request, TokenLogprobs
+from qspec_llm.engine.runner import Runner
+from qspec_llm.errors import QSpecError
+from qspec_llm.hub import resolve_model
+from qspec_llm.kernels import get_backend
+from qspec_llm.kv.blocks import blocks_for
+from qspec_llm.kv.pool import allocate, kv_bytes_per_token
+from qspec_llm.model.config import read_config
+from qspec_llm.model.load import Progress, load_decoder
+from qspec_llm.tokenizer import HFTokenizer, Message
+from qspec_llm.weights.checkpoint import open_checkpoint
+from qspec_llm.weights.view import Activation
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "Speculation"]
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What drafting did for one completion.
+
+    `drafted` counts all proposed tokens, `tested` those up to and including the first rejected one
+    of each cycle, `accepted` those that became output.
+    """
+
+    cycles: int
+    drafted: int
+    tested: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One completion: its text and tokens, how it ended, and what drafting did for it.
+
+    `logprobs` has one entry a token where `SamplingParams.logprobs` asked for them.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+    speculation: Speculation
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """All completions of one prompt; `prompt` is None where token ids were given."""
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+
+
+class LLM:
+    """A model, stored once, read at two precisions.
+
+    Args:
+        model: a directory of Hugging Face safetensors, a nested checkpoint, a .gguf file, a hub id,
+            or an alias ("smollm2").
+        target: what the output equals: "int4", "int8", "bf16", or "auto" for the checkpoint's own.
+        draft: activations of the draft view, "a8", "a4" or "a16".
+        gamma: tokens to draft in each cycle; 0 decodes plainly.
+        group: weights that share one scale (32, 64 or 128), where the checkpoint does not say.
+        max_batch: requests that run at once.
+        max_tokens_in_kv: tokens that the KV cache holds.
+        backend: whose kernels run.
+        progress: called with (tensors done, tensors in all) while loading.
+
+    Raises:
+        QSpecError: the model cannot be read or an option is wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        target: str = "auto",
+        draft: str = "a8",
+        gamma: int = DEFAULT_GAMMA,
+        group: int = DEFAULT_GROUP,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        max_tokens_in_kv: int = DEFAULT_KV_TOKENS,
+        backend: str = "reference",
+        progress: Progress | None = None,
+    ) -> None:
+        check_gamma(gamma)
+        path = resolve_model(model)
+        checkpoint = open_checkpoint(path)
+        self.config = EngineConfig(
+            target=resolve_target(target, checkpoint),
+            draft=parse_choice(Activation, draft, "draft"),
+            gamma=gamma,
+            group=group,
+            max_batch=max_batch,
+            max_tokens_in_kv=max_tokens_in_kv,
+            backend=backend,
+        )
+        self.model_config = read_config(checkpoint)
+        self.tokenizer = HFTokenizer(path)
+        self.decoder = load_decoder(
+            checkpoint,
+            self.model_config,
+            self.config.recipe,
+            get_backend(backend),
+            num_positions=min(self.model_config.context_length, max_tokens_in_kv),
+            progress=progress,
+        )
+        self.engine = self.new_engine(gamma)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in the KV cache."""
+        return kv_bytes_per_token(self.model_config, self.decoder.dtype)
+
+    def new_engine(self, gamma: int) -> Engine:
+        """Another engine over the same weights, with a KV cache of its own."""
+        num_blocks = blocks_for(self.config.max_tokens_in_kv)
+        kv = allocate(self.model_config, num_blocks, self.decoder.dtype)
+        return Engine(
+            Runner(self.decoder, kv),
+            self.tokenizer,
+            self.config.draft_view,
+            gamma=gamma,
+            max_batch=self.config.max_batch,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a raw prompt; ids pass through.
+
+        Raises:
+            QSpecError: the prompt is empty.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not prompt or not ids:
+            raise QSpecError("the prompt is empty; it needs at least one token")
+        return ids
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        gamma: int | None = None,
+    ) -> list[RequestOutput]:
+        """Complete raw prompts (no chat template), in one batch; results in their order.
+
+        Args:
+            prompts: one text, or a list of texts or token-id lists.
+            params: sampling options, `SamplingParams()` by default.
+            gamma: tokens to draft in each cycle, the model's own by default.
+
+        Raises:
+            QSpecError: a prompt is empty or does not fit; nothing is generated then.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokens = [self.encode(text) for text in texts]
+        requests = self.submit(self.engine, tokens, params or SamplingParams(), gamma)
+        try:
+            while self.engine.has_work:
+                self.engine.step()
+        except BaseException:
+            self._abort(requests)
+            raise
+        return [
+            RequestOutput(
+                text if isinstance(text, str) else None, group[0].prompt, tuple(map(_output, group))
+            )
+            for text, group in zip(texts, requests, strict=True)
+        ]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        gamma: int | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, with the model's chat template.
+
+        Args:
+            messages: {"role", "content"} records, or a list of such lists.
+            params: sampling options.
+            gamma: tokens to draft in each cycle, the model's own by default.
+        """
+        chats = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.tokenizer.encode_chat(chat) for chat in chats]  # type: ignore[arg-type]
+        return self.generate(prompts, params, gamma=gamma)
+
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams, *, gamma: int | None = None
+    ) -> Iterator[Emission]:
+        """Generate one completion, step by step; closing the iterator aborts it."""
+        (requests,) = self.submit(self.engine, [prompt], params, gamma)
+        try:
+            while not requests[0].is_finished:
+                yield from self.engine.step()
+        finally:
+            self._abort([requests])
+
+    def submit(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        gamma: int | None = None,
+    ) -> list[list[Request]]:
+        """Queue `params.n` completions of each prompt; all of them, or none if one is refused."""
+        requests: list[list[Request]] = []
+        try:
+            for prompt in prompts:
+                group: list[Request] = []
+                requests.append(group)
+                for index in range(params.n):
+                    seed = group[0].seed if group else None
+                    group.append(engine.add(prompt, params, gamma=gamma, sample=index, seed=seed))
+        except QSpecError:
+            self._abort(requests)
+            raise
+        return requests
+
+    def _abort(self, requests: Sequence[Sequence[Request]]) -> None:
+        for request in (one for group in requests for one in group):
+            self.engine.abort(request.request_id)
+
+
+def _output(request: Request) -> CompletionOutput:
+    return CompletionOutput(
+        index=request.sample,
+        text=request.text.text,
+        token_ids=tuple(request.output),
+        logprobs=tuple(request.logprobs) if request.params.logprobs is not None else None,
+        finish_reason=request.finish_reason,
+        speculation=Speculation(
+            request.num_cycles, request.num_drafted, request.num_tested, request.num_accepted
+        ),
+    )

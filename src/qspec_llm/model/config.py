@@ -1,0 +1,209 @@
+"""What a decoder looks like, read from config.json, GGUF keys or a nested checkpoint.
+
+Knows the names that other projects give to these numbers; nothing else in `model` does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qspec_llm.errors import QSpecError
+from qspec_llm.weights.checkpoint import Checkpoint
+from qspec_llm.weights.checkpoint.safetensors_dir import read_json
+
+__all__ = ["ModelConfig", "RopeScaling", "read_config"]
+
+HF_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency-dependent stretching of RoPE (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one decoder.
+
+    `family` is "llama" (also Mistral and SmolLM), "qwen2" (bias on q, k, v) or "qwen3" (RMSNorm on
+    each head of q and k). `context_length` is in tokens; a sliding window shortens it, so that
+    within it attention is full.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tied_head: bool
+    context_length: int
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and value <= 0:
+                raise QSpecError(f"the model's {name} is {value}, which is not a positive number")
+        if self.num_heads % self.num_kv_heads:
+            raise QSpecError(
+                f"{self.num_heads} attention heads do not divide among {self.num_kv_heads} KV heads"
+            )
+        if self.head_dim % 2:
+            raise QSpecError(f"head size {self.head_dim} is odd, so it has no rotary halves")
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """Undo `to_dict`."""
+        fields = dict(values)
+        if fields.get("rope_scaling") is not None:
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
+        return cls(**fields)
+
+
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The configuration of an opened checkpoint.
+
+    Raises:
+        QSpecError: the architecture, or something it needs, is not supported, or a number is
+            missing.
+    """
+    readers = {"hf": _from_hf, "gguf": _from_gguf, "nested": _from_nested}
+    try:
+        return readers[checkpoint.kind](checkpoint)
+    except KeyError as error:
+        raise QSpecError(f"the configuration of {checkpoint.path} lacks {error}") from None
+    except TypeError as error:
+        raise QSpecError(f"the configuration of {checkpoint.path} is damaged: {error}") from None
+
+
+def _from_nested(checkpoint: Checkpoint) -> ModelConfig:
+    return ModelConfig.from_dict(checkpoint.metadata)
+
+
+def _from_hf(checkpoint: Checkpoint) -> ModelConfig:
+    values = checkpoint.metadata
+    architecture = (values.get("architectures") or ["(none named)"])[0]
+    if architecture not in HF_ARCHITECTURES:
+        raise QSpecError(
+            f"architecture {architecture!r} is not supported; "
+            f"supported are {', '.join(HF_ARCHITECTURES)}"
+        )
+    if values.get("hidden_act", "silu") != "silu":
+        raise QSpecError(f"activation {values['hidden_act']!r} is not supported; only 'silu' is")
+    heads = values["num_attention_heads"]
+    # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling
+    rope = values.get("rope_parameters") or {
+        "rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {})
+    }  # fmt: skip
+    # generation_config.json, where there is one, knows the ends of chat turns as well
+    generation = checkpoint.path / "generation_config.json"
+    eos = (read_json(generation) if generation.exists() else values).get("eos_token_id")
+    config = ModelConfig(
+        family=HF_ARCHITECTURES[architecture],
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        norm_eps=values["rms_norm_eps"],
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=_rope_scaling(rope),
+        tied_head=values.get("tie_word_embeddings", False),
+        context_length=values["max_position_embeddings"],
+        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+    )
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    return config if window is None else _shorten(config, window)
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise QSpecError(f"RoPE scaling {kind!r} is not supported; 'default' and 'llama3' are")
+    return RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_context=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _from_gguf(checkpoint: Checkpoint) -> ModelConfig:
+    keys, names = checkpoint.metadata, set(checkpoint.names())
+    family = keys["general.architecture"]
+    if family not in GGUF_ARCHITECTURES:
+        raise QSpecError(
+            f"architecture {family!r} is not supported; "
+            f"supported in GGUF files are {', '.join(GGUF_ARCHITECTURES)}"
+        )
+    if family == "llama" and f"{family}.expert_count" in keys:
+        raise QSpecError(f"{checkpoint.path} is a mixture of experts, which is not supported")
+    kind = keys.get(f"{family}.rope.scaling.type", "none")
+    if kind != "none":
+        raise QSpecError(f"RoPE scaling {kind!r} in a GGUF file is not supported")
+
+    def get(name: str) -> Any:
+        return keys[f"{family}.{name}"]
+
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    config = ModelConfig(
+        family=family,
+        vocab_size=checkpoint.shape("model.embed_tokens.weight")[0],
+        hidden_size=hidden,
+        intermediate_size=get("feed_forward_length"),
+        num_layers=get("block_count"),
+        num_heads=heads,
+        num_kv_heads=keys.get(f"{family}.attention.head_count_kv", heads),
+        head_dim=keys.get(f"{family}.attention.key_length", hidden // heads),
+        norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rope_theta=float(keys.get(f"{family}.rope.freq_base", 10000.0)),
+        rope_scaling=None,
+        tied_head="lm_head.weight" not in names,
+        context_length=get("context_length"),
+        eos_token_ids=tuple(
+            keys[key]
+            for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+            if key in keys
+        ),
+    )
+    window = keys.get(f"{family}.attention.sliding_window")
+    return config if window is None else _shorten(config, window)
+
+
+def _shorten(config: ModelConfig, window: int) -> ModelConfig:
+    return replace(config, context_length=min(config.context_length, window))
