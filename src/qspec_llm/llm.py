@@ -21,7 +21,7 @@ from qspec_llm.engine.runner import Runner
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
 from qspec_llm.kernels import get_backend
-from qspec_llm.kv.blocks import blocks_for
+from qspec_llm.kv.blocks import BLOCK_SIZE, blocks_for
 from qspec_llm.kv.pool import allocate, kv_bytes_per_token
 from qspec_llm.model.config import read_config
 from qspec_llm.model.load import Progress, load_decoder
@@ -105,6 +105,7 @@ class LLM:
         progress: Progress | None = None,
     ) -> None:
         check_gamma(gamma)
+        self.model = model
         path = resolve_model(model)
         checkpoint = open_checkpoint(path)
         self.config = EngineConfig(
@@ -116,6 +117,7 @@ class LLM:
             max_tokens_in_kv=max_tokens_in_kv,
             backend=backend,
         )
+        self._num_blocks = blocks_for(max_tokens_in_kv)
         self.model_config = read_config(checkpoint)
         self.tokenizer = HFTokenizer(path)
         self.decoder = load_decoder(
@@ -123,7 +125,7 @@ class LLM:
             self.model_config,
             self.config.recipe,
             get_backend(backend),
-            num_positions=min(self.model_config.context_length, max_tokens_in_kv),
+            num_positions=min(self.model_config.context_length, self._num_blocks * BLOCK_SIZE),
             progress=progress,
         )
         self.engine = self.new_engine(gamma)
@@ -135,8 +137,7 @@ class LLM:
 
     def new_engine(self, gamma: int) -> Engine:
         """Another engine over the same weights, with a KV cache of its own."""
-        num_blocks = blocks_for(self.config.max_tokens_in_kv)
-        kv = allocate(self.model_config, num_blocks, self.decoder.dtype)
+        kv = allocate(self.model_config, self._num_blocks, self.decoder.dtype)
         return Engine(
             Runner(self.decoder, kv),
             self.tokenizer,

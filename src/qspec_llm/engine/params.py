@@ -54,7 +54,7 @@ class SamplingParams:
         limits = {
             "max_tokens": (1, None),
             "min_tokens": (0, self.max_tokens),
-            "temperature": (0, None),
+            "temperature": (0, 100),
             "top_k": (0, None),
             "min_p": (0, 1),
             "logprobs": (0, 20),

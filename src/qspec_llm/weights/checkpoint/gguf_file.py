@@ -79,7 +79,7 @@ class GGUFCheckpoint:
                 if not key.startswith("tokenizer.ggml.") or key.endswith("_id")
             }
         except UNREADABLE as error:
-            raise QSpecError(f"{path} is not a readable GGUF file: {error}") from None
+            raise QSpecError(f"{path} is truncated or not a readable GGUF file: {error}") from None
         self._tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
         end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
         if end > path.stat().st_size:

