@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qspec_llm.bench.measure import run_in_turn
 from qspec_llm.cli.common import load, sampling_params, write_segments
 from qspec_llm.engine.emit import Emission, Segment
 from qspec_llm.engine.engine import Engine
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         engine = llm.new_engine(gamma=0)
         plain = engine, [group[0] for group in llm.submit(engine, prompts, params)]
-    _run(llm.engine, plain[0] if plain else None, printer)
+    engines = [llm.engine, plain[0]] if plain else [llm.engine]
+    run_in_turn(engines, lambda engine, news: printer.show(news) if engine is llm.engine else None)
     report = _report(llm, texts, requests, plain)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
@@ -106,16 +108,6 @@ def _encode(llm: LLM, text: str, is_raw: bool) -> list[int]:
     if is_raw or not llm.tokenizer.has_chat_template:
         return llm.encode(text)
     return llm.tokenizer.encode_chat([{"role": "user", "content": text}])
-
-
-def _run(engine: Engine, plain: Engine | None, printer: _Printer) -> None:
-    """Step until all is done; with a second engine, whichever has used less time goes next."""
-    while engine.has_work or (plain is not None and plain.has_work):
-        is_behind = plain is None or engine.seconds.total <= plain.seconds.total
-        if engine.has_work and (is_behind or not (plain and plain.has_work)):
-            printer.show(engine.step())
-        elif plain is not None:
-            plain.step()
 
 
 def _report(
