@@ -11,7 +11,15 @@ from qspec_llm.weights.planes import GROUPS
 from qspec_llm.weights.quantize import Recipe, Target
 from qspec_llm.weights.view import Activation, View, draft_view
 
-__all__ = ["DEFAULT_GAMMA", "DEFAULT_GROUP", "EngineConfig", "parse_choice", "resolve_target"]
+__all__ = [
+    "DEFAULT_GAMMA",
+    "DEFAULT_GROUP",
+    "DEFAULT_KV_TOKENS",
+    "DEFAULT_MAX_BATCH",
+    "EngineConfig",
+    "parse_choice",
+    "resolve_target",
+]
 
 DEFAULT_GAMMA = 3
 DEFAULT_GROUP = 32

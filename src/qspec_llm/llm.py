@@ -181,7 +181,7 @@ class LLM:
             while self.engine.has_work:
                 self.engine.step()
         except BaseException:
-            self._abort(requests)
+            _abort(self.engine, requests)
             raise
         return [
             RequestOutput(
@@ -217,7 +217,7 @@ class LLM:
             while not requests[0].is_finished:
                 yield from self.engine.step()
         finally:
-            self._abort([requests])
+            _abort(self.engine, [requests])
 
     def submit(
         self,
@@ -236,13 +236,14 @@ class LLM:
                     seed = group[0].seed if group else None
                     group.append(engine.add(prompt, params, gamma=gamma, sample=index, seed=seed))
         except QSpecError:
-            self._abort(requests)
+            _abort(engine, requests)
             raise
         return requests
 
-    def _abort(self, requests: Sequence[Sequence[Request]]) -> None:
-        for request in (one for group in requests for one in group):
-            self.engine.abort(request.request_id)
+
+def _abort(engine: Engine, requests: Sequence[Sequence[Request]]) -> None:
+    for request in (one for group in requests for one in group):
+        engine.abort(request.request_id)
 
 
 def _output(request: Request) -> CompletionOutput:

@@ -81,12 +81,6 @@ def _step(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> None:
         decoder.forward(positions % 97, rows, kv, case.view, torch.arange(case.rows))
 
 
-def host_share(decoder: Decoder, rounds: int = 30) -> float:
-    """Share of a plain one-row step that is spent outside the decoder's kernels."""
-    del decoder, rounds
-    return float("nan")
-
-
 def best_gamma(acceptance: float, c: float, v: Mapping[int, float]) -> tuple[int, float]:
     """The gamma with the highest speed-up, and the speed-up.
 

@@ -15,6 +15,8 @@ from qspec_llm.version import __version__
 
 __all__ = ["main"]
 
+# bench.shapes has their sizes; naming them here keeps `--help` from importing torch
+SHAPE_NAMES = ("smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "llama-3-8b", "qwen2.5-32b")
 MODEL_HELP = "directory of safetensors, .gguf file, hub id, or alias (smollm2)"
 
 
@@ -79,9 +81,46 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--all", action="store_true", help="every tensor, not one line for layers")
     inspect.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
+    _add_bench(commands)
+
     env = _command(commands, "collect-env", "describe this machine, for bug reports")
     env.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
+
+
+def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    bench = _command(commands, "bench", "measure what speculation costs and gains on this machine")
+    kinds = bench.add_subparsers(required=True, metavar="KIND", dest="bench")
+
+    text = "cost of draft and verify steps, and the speed-up they allow"
+    steps = kinds.add_parser("steps", help=text, description=text, allow_abbrev=False)
+    steps.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    steps.add_argument("--shape", choices=sorted(SHAPE_NAMES), help="random weights of that shape")
+    steps.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 5, 8, 12, 16])
+    steps.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
+    steps.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
+
+    text = "tokens per second, plain and speculative, for every target"
+    decode = kinds.add_parser("decode", help=text, description=text, allow_abbrev=False)
+    decode.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    decode.add_argument(
+        "--prompt-file", required=True, metavar="FILE", help="JSON Lines of prompts"
+    )
+    decode.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    decode.add_argument("--gamma", type=int, default=3, metavar="N")
+    decode.add_argument("--max-batch", type=int, default=1, metavar="N")
+
+    for parser in (steps, decode):
+        parser.add_argument(
+            "--targets",
+            nargs="+",
+            default=["int4", "int8", "bf16"],
+            choices=("int4", "int8", "bf16"),
+        )
+        parser.add_argument("--draft", default="a8", choices=("a8", "a4", "a16"))
+        parser.add_argument("--group", type=int, default=32, metavar="G")
+        parser.add_argument("--backend", default="reference")
+        parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def _command(

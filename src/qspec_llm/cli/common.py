@@ -1,8 +1,10 @@
 """What the commands share: loading with progress, sampling options, writing coloured tokens."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -15,9 +17,17 @@ from rich.progress import (
 
 from qspec_llm.engine.emit import Segment
 from qspec_llm.engine.params import SamplingParams
+from qspec_llm.errors import QSpecError
 from qspec_llm.llm import LLM
 
-__all__ = ["load", "progress_bar", "sampling_params", "write_segments"]
+__all__ = [
+    "check_prompt",
+    "load",
+    "progress_bar",
+    "read_prompt_file",
+    "sampling_params",
+    "write_segments",
+]
 
 DRAFTED_STYLE, VERIFIED_STYLE = "green", "bold yellow"
 
@@ -93,3 +103,34 @@ def write_segments(console: Console, segments: Iterable[Segment]) -> None:
         else:
             sys.stdout.write(segment.text)
     sys.stdout.flush()
+
+
+def check_prompt(text: str) -> None:
+    """Refuse a prompt with nothing in it."""
+    if not text.strip():
+        raise QSpecError("a prompt is empty; it needs at least one visible character")
+
+
+def read_prompt_file(file: str) -> list[str]:
+    """Prompts of a JSON Lines file, {"prompt": ...} each; blank lines are skipped."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise QSpecError(f"the prompt file {file} cannot be read: {error}") from None
+    texts = [_prompt_of_line(file, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not texts:
+        raise QSpecError(f"the prompt file {file} holds no prompts")
+    return texts
+
+
+def _prompt_of_line(file: str, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise QSpecError(f"line {number} of {file} is not JSON: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise QSpecError(f'line {number} of {file} is not an object like {{"prompt": "..."}}')
+    if unknown := value.keys() - {"prompt"}:
+        raise QSpecError(f"line {number} of {file} has an unknown key {min(unknown)!r}")
+    check_prompt(value["prompt"])
+    return str(value["prompt"])

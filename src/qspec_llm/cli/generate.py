@@ -4,17 +4,21 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from qspec_llm.bench.measure import run_in_turn
-from qspec_llm.cli.common import load, sampling_params, write_segments
+from qspec_llm.cli.common import (
+    check_prompt,
+    load,
+    read_prompt_file,
+    sampling_params,
+    write_segments,
+)
 from qspec_llm.engine.emit import Emission, Segment
 from qspec_llm.engine.engine import Engine
 from qspec_llm.engine.request import Request
-from qspec_llm.errors import QSpecError
 from qspec_llm.llm import LLM
 
 __all__ = ["run"]
@@ -74,34 +78,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    if args.prompt_file is None:
-        texts = [args.prompt]
-    else:
-        try:
-            lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise QSpecError(
-                f"the prompt file {args.prompt_file} cannot be read: {error}"
-            ) from None
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        texts = [_prompt_of_line(args.prompt_file, number, line) for number, line in numbered]
-        if not texts:
-            raise QSpecError(f"the prompt file {args.prompt_file} holds no prompts")
-    if not all(text.strip() for text in texts):
-        raise QSpecError("a prompt is empty; it needs at least one visible character")
-    return texts
-
-
-def _prompt_of_line(file: str, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise QSpecError(f"line {number} of {file} is not JSON: {error}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise QSpecError(f'line {number} of {file} is not an object like {{"prompt": "..."}}')
-    if unknown := value.keys() - {"prompt"}:
-        raise QSpecError(f"line {number} of {file} has an unknown key {min(unknown)!r}")
-    return str(value["prompt"])
+    if args.prompt_file is not None:
+        return read_prompt_file(args.prompt_file)
+    check_prompt(args.prompt)
+    return [args.prompt]
 
 
 def _encode(llm: LLM, text: str, is_raw: bool) -> list[int]:

@@ -1,5 +1,6 @@
 """What a step tells the caller: new tokens, where they came from, and the text they complete."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,8 +74,10 @@ def _take_segments(request: Request) -> Iterator[Segment]:
     """The text to hand out now, cut where its origin changes."""
     start = request.text.num_taken
     text = request.text.take(is_final=request.is_finished)
-    for end, is_drafted in zip(request.text.ends, request.is_drafted, strict=False):
-        if piece := text[: max(0, end - start)]:
+    first = bisect_right(request.text.ends, start)  # the token that the text to hand out begins in
+    ends = request.text.ends[first:]
+    for end, is_drafted in zip(ends, request.is_drafted[first:], strict=False):
+        if piece := text[: end - start]:
             yield Segment(piece, is_drafted)
             text, start = text[len(piece) :], start + len(piece)
     if text:  # the rest of a character that never became whole

@@ -23,7 +23,7 @@ class TextStream:
 
     A token's text depends on those before it, so each decode starts a few tokens back, at the last
     point where the text was whole, and takes what is new. Characters cut in the middle wait for
-    their other bytes. Text that may be the beginning of a stop string is held back by `ready`.
+    their other bytes. Text that may be the beginning of a stop string is held back by `take`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
