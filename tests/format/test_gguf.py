@@ -167,6 +167,7 @@ def test_a_q8_0_scale_too_large_for_16_d_is_not_kept_wrong(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("scale", [np.inf, np.nan])
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the expected values
 def test_a_scale_that_is_not_finite_is_not_stored_wrong(
     tmp_path: Path, type_name: str, scale: float
 ) -> None:
