@@ -9,6 +9,7 @@ speculative output equal to plain output bit for bit.
 """
 
 import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -19,7 +20,7 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.view import View
 
-__all__ = ["BACKENDS", "Backend", "LayerKV", "Packed", "Rows", "get_backend"]
+__all__ = ["BACKENDS", "Backend", "Forward", "LayerKV", "Packed", "Rows", "get_backend"]
 
 # A stored tensor in the arrangement that one backend reads; only that backend looks inside.
 Packed: TypeAlias = Any
@@ -54,6 +55,10 @@ class LayerKV:
     keys: Tensor
     values: Tensor
     block_size: int
+
+
+# Tokens, rows, cache, view and rows wanted to logits: what `Decoder.forward` does.
+Forward: TypeAlias = Callable[[Tensor, Rows, Sequence[LayerKV], View, Tensor], Tensor]
 
 
 class Backend(Protocol):
@@ -102,15 +107,23 @@ class Backend(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up for gate_up [R, 2 I] = gate then up: [R, I]."""
 
+    def whole_step(self, decoder: Any) -> Forward | None:
+        """The decoder's forward pass as one call, or None: run it operation by operation.
 
-BACKENDS = ("reference",)
+        For a small model the way from one operation to the next costs as much as the operation. The
+        results must equal, bit for bit, those of this backend's operations one by one. `decoder` is
+        a `model.decoder.Decoder` whose tensors this backend packed.
+        """
+
+
+BACKENDS = ("reference", "cpu")
 
 
 def get_backend(name: str) -> Backend:
     """The backend module of that name.
 
     Raises:
-        QSpecError: there is no such backend.
+        QSpecError: there is no such backend, or it was not built.
     """
     if name not in BACKENDS:
         raise QSpecError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")

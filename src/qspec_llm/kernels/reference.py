@@ -13,11 +13,12 @@ Everything accumulates in float32 and is rounded once, to the dtype of the activ
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qspec_llm.kernels import LayerKV, Packed, Rows
+from qspec_llm.kernels import Forward, LayerKV, Packed, Rows
 from qspec_llm.weights.planes import (
     Dense,
     Planes,
@@ -40,6 +41,7 @@ __all__ = [
     "round_activations",
     "silu_mul",
     "unpack",
+    "whole_step",
     "write_kv",
 ]
 
@@ -233,6 +235,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return gate / (1 + torch.exp(-gate)) * up
 
     return _by_tile(part, gate_up.float(), DECODE_TILE).to(gate_up.dtype)
+
+
+def whole_step(decoder: Any) -> Forward | None:
+    """None: the reference runs operation by operation."""
+    return None
 
 
 def _pad_rows(x: Tensor, num_rows: int) -> Tensor:

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from qspec_llm.kernels import Backend, LayerKV, Packed, Rows
+from qspec_llm.kernels import Backend, Forward, LayerKV, Packed, Rows
 from qspec_llm.model.config import ModelConfig
 from qspec_llm.model.layers import Layer, Linear, Rotation, decoder_layer, linear
 from qspec_llm.weights.view import View
@@ -54,6 +55,8 @@ class Decoder:
         Returns:
             Logits [L, vocabulary] float32.
         """
+        if self._whole_step is not None:
+            return self._whole_step(tokens, rows, kv, view, logit_rows)
         x = self.ops.embed(tokens, self.embedding, self.dtype)
         rotation = Rotation(self.cos[rows.positions], self.sin[rows.positions])
         for layer, layer_kv in zip(self.layers, kv, strict=True):
@@ -62,6 +65,11 @@ class Decoder:
             return x.new_zeros(0, self.config.vocab_size, dtype=torch.float32)
         x = self.ops.rms_norm(x[logit_rows], self.final_norm, self.config.norm_eps)
         return linear(self.ops, x, self.head, view, rows, torch.float32)
+
+    @cached_property
+    def _whole_step(self) -> Forward | None:
+        """All of `forward` in one call, where the backend has that: same results, less between."""
+        return self.ops.whole_step(self)
 
     def nbytes(self) -> int:
         """Bytes of weights held, counted from the storages, each once."""

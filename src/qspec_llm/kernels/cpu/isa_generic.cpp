@@ -1,0 +1,20 @@
+// The kernels, compiled for one ISA. Everything is in an anonymous namespace and nothing inline of
+// the standard library is used, so that the linker cannot hand this code to another unit.
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace qspec {
+namespace {
+#include "simd_generic.h"
+// in this order: later files use earlier ones
+#include "linear.inl"
+#include "rows.inl"
+#include "attention.inl"
+}  // namespace
+
+const Kernels kGeneric = {"generic", fill,     linear, rms_norm, rope,   silu_mul,
+                    add_rows,  attend, merge,  finish,   widen, narrow};
+
+}  // namespace qspec

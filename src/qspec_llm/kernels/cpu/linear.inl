@@ -1,0 +1,272 @@
+// Linear layers. Sixteen rows of the matrix lie in the lanes; every row of x has its own
+// accumulators and meets the columns in the same order however many rows go together, so its result
+// does not depend on the others. Threads split the panels, never the columns.
+
+// How far ahead of its use a plane is fetched, in bytes of that plane.
+constexpr int64_t kAhead = 1024;
+
+QSPEC_INLINE V load_scale(const uint16_t* p, Type type) {
+  return type == Type::kBF16 ? load_bf16(p) : load_f16(p);
+}
+
+// Eight columns of unsigned levels: `low` columns 0..3, `high` columns 4..7, four to a lane.
+template <bool SIGNED, bool EIGHT>
+QSPEC_INLINE void levels(const uint8_t* q4, const uint8_t* r4, I& low, I& high) {
+  const I nibble = set1_i(0x0F0F0F0F);
+  I q = load_i(q4);
+  // v + 7 = c - (c >> 3), both nibbles of a byte at once: no borrow, as c >= 8 where 1 is taken
+  if constexpr (SIGNED) q = sub_i(q, and_i(shr<3>(q), set1_i(0x11111111)));
+  if constexpr (EIGHT) {
+    const I r = load_i(r4), high_nibble = set1_i(static_cast<int32_t>(0xF0F0F0F0));
+    low = add_i(and_i(shl<4>(q), high_nibble), and_i(r, nibble));
+    high = add_i(and_i(q, high_nibble), and_i(shr<4>(r), nibble));
+  } else {
+    low = and_i(q, nibble);
+    high = and_i(shr<4>(q), nibble);
+  }
+}
+
+// Integer levels times integer activations: rows [row, row + M) against one panel, into acc.
+template <bool SIGNED, bool EIGHT, int LIMBS, int M>
+QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t row, int64_t panel, V* acc) {
+  const int64_t K = w.num_cols, num_groups = K / w.group, num_scales = K / x.group;
+  const int64_t step = w.group < x.group ? w.group : x.group;
+  const uint8_t* q4 = w.q4 + panel * K * (kPanel / 2);
+  const uint8_t* r4 = EIGHT ? w.r4 + panel * K * (kPanel / 2) : nullptr;
+  const uint16_t* scale = w.scale + panel * num_groups * kPanel;
+  const uint16_t* offset = w.offset ? w.offset + panel * num_groups * kPanel : nullptr;
+  // a level is unsigned: what is to be taken off it
+  const int32_t zero_point = SIGNED ? (EIGHT ? 120 : 7) : offset ? 0 : (EIGHT ? 128 : 8);
+  // where one code stands for 16, the draft takes their middle
+  const bool has_middle = !SIGNED && !EIGHT && w.bits == 8;
+  const V unit = set1(EIGHT ? 1.0f / 16 : 1.0f);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) acc[m] = zero();
+
+  for (int64_t k0 = 0; k0 < K; k0 += step) {
+    I dots[LIMBS][M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 3
+      for (int l = 0; l < LIMBS; ++l) {
+        const int32_t* sums = x.sum[l] + (row + m) * (K / 32) + k0 / 32;
+        dots[l][m] = set1_i(-zero_point * (step == 64 ? sums[0] + sums[1] : sums[0]));
+      }
+    }
+    for (int64_t k = k0; k < k0 + step; k += 8) {
+      I low, high;
+      prefetch(q4 + kAhead);
+      if constexpr (EIGHT) prefetch(r4 + kAhead);
+      levels<SIGNED, EIGHT>(q4, r4, low, high);
+      q4 += 4 * kPanel;
+      if constexpr (EIGHT) r4 += 4 * kPanel;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 3
+        for (int l = 0; l < LIMBS; ++l) {
+          const int8_t* xs = x.limb[l] + (row + m) * K + k;
+          if constexpr (EIGHT) dots[l][m] = dot_u8(dot_u8(dots[l][m], low, xs), high, xs + 4);
+          else dots[l][m] = dot_u4(dot_u4(dots[l][m], low, xs), high, xs + 4);
+        }
+      }
+    }
+    const int64_t group = k0 / w.group * kPanel;
+    const V s = load_scale(scale + group, w.type);
+    const V s_level = EIGHT ? mul(s, unit) : s;
+    V b = zero();
+    const bool has_offset = offset || has_middle;
+    if (has_offset) {
+      if (has_middle) b = mul(s, set1(7.5f / 16));
+      if (offset) b = add(b, load_scale(offset + group, w.type));
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      V dot;
+      if constexpr (LIMBS == 1) dot = to_float(dots[0][m]);
+      else if constexpr (LIMBS == 2) dot = to_float(add_i(shl<8>(dots[0][m]), dots[1][m]));
+      else
+        dot = fma(to_float(dots[0][m]), set1(65536.0f),
+                  fma(to_float(dots[1][m]), set1(256.0f), to_float(dots[2][m])));
+      const float* total = x.total + (row + m) * (K / 32) + k0 / 32;
+      acc[m] = fma(mul(dot, set1(x.scale[(row + m) * num_scales + k0 / x.group])), s_level, acc[m]);
+      if (has_offset) acc[m] = fma(b, set1(step == 64 ? total[0] + total[1] : total[0]), acc[m]);
+    }
+  }
+}
+
+// Weight of column J of 8, exactly as the checkpoint had it. `s` has one significand of 8 bits, so
+// s_up = (2^16 + 1) s is exact; level s_up is rounded once, to 24 bits, which rounds its low part
+// level s to 8 bits, ties to even: that is the anchor, once the high part is taken off. Levels carry
+// a factor of 16 and residuals are stored complemented: 2^28 - (C + 1) 2^16 is 4 octaves, which that
+// factor supplies, so bits(w) = bits(16 anchor) - complement.
+template <int J>
+QSPEC_INLINE V exact_weight(I q4, I n4, I n8, V s_up, V s_high) {
+  constexpr int from = 8 * (J & 3) + (J >= 4 ? 4 : 0);
+  const V level = anchor_level(shr<from>(q4));
+  const V rounded = mul(level, s_up);
+  return apply_residual(fnma(level, s_high, rounded), residual<J>(n4, n8));
+}
+
+template <int M, int J>
+QSPEC_INLINE void exact_column(I q4, I n4, I n8, V s_up, V s_high, const float* x, int64_t stride,
+                               V (*acc)[2]) {
+  const V w = exact_weight<J>(q4, n4, n8, s_up, s_high);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) acc[m][J & 1] = fma(set1(x[m * stride + J]), w, acc[m][J & 1]);
+}
+
+// Exact bf16 weights times float activations.
+template <int M>
+QSPEC_INLINE void exact_panel(const Matrix& w, const Input& in, int64_t row, int64_t panel, V* out) {
+  const int64_t K = w.num_cols;
+  const uint8_t* q4 = w.q4 + panel * K * (kPanel / 2);
+  const uint8_t* n4 = w.r4 + panel * K * (kPanel / 2);
+  const uint8_t* n8 = w.r8 + panel * K * kPanel;
+  const uint16_t* scale = w.scale + panel * (K / w.group) * kPanel;
+  const float* x = in.x + row * in.x_stride;
+  V acc[M][2];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
+  for (int64_t k0 = 0; k0 < K; k0 += w.group, scale += kPanel) {
+    const V s = load_bf16(scale);
+    const V s_up = mul(s, set1(65537.0f)), s_high = mul(s, set1(65536.0f));
+    for (int64_t k = k0; k < k0 + w.group; k += 8) {
+      prefetch(q4 + kAhead);
+      prefetch(n4 + kAhead);
+      prefetch(n8 + 2 * kAhead);
+      prefetch(n8 + 2 * kAhead + 64);
+      const I q = load_i(q4), n = load_i(n4), first = load_i(n8), second = load_i(n8 + 4 * kPanel);
+      const float* xk = x + k;
+      exact_column<M, 0>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
+      exact_column<M, 1>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
+      exact_column<M, 2>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
+      exact_column<M, 3>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
+      exact_column<M, 4>(q, n, second, s_up, s_high, xk, in.x_stride, acc);
+      exact_column<M, 5>(q, n, second, s_up, s_high, xk, in.x_stride, acc);
+      exact_column<M, 6>(q, n, second, s_up, s_high, xk, in.x_stride, acc);
+      exact_column<M, 7>(q, n, second, s_up, s_high, xk, in.x_stride, acc);
+      q4 += 4 * kPanel;
+      n4 += 4 * kPanel;
+      n8 += 8 * kPanel;
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) out[m] = add(acc[m][0], acc[m][1]);
+}
+
+template <Type TYPE>
+QSPEC_INLINE V load_dense(const void* p, int64_t index) {
+  if constexpr (TYPE == Type::kF32) return load(static_cast<const float*>(p) + index);
+  else if constexpr (TYPE == Type::kBF16) return load_bf16(static_cast<const uint16_t*>(p) + index);
+  else return load_f16(static_cast<const uint16_t*>(p) + index);
+}
+
+// Dense weights times float activations; any number of columns.
+template <Type TYPE, int M>
+QSPEC_INLINE void dense_panel(const Matrix& w, const Input& in, int64_t row, int64_t panel, V* out) {
+  const int64_t K = w.num_cols, base = panel * K * kPanel;
+  const float* x = in.x + row * in.x_stride;
+  constexpr int64_t size = TYPE == Type::kF32 ? 4 : 2;
+  const char* ahead = static_cast<const char*>(w.dense) + base * size + 2 * kAhead;
+  V acc[M][2];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
+  int64_t k = 0;
+  for (; k + 2 <= K; k += 2, ahead += 2 * kPanel * size) {
+    prefetch(ahead);
+    if constexpr (TYPE == Type::kF32) prefetch(ahead + 64);
+    const V even = load_dense<TYPE>(w.dense, base + k * kPanel);
+    const V odd = load_dense<TYPE>(w.dense, base + (k + 1) * kPanel);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      acc[m][0] = fma(set1(x[m * in.x_stride + k]), even, acc[m][0]);
+      acc[m][1] = fma(set1(x[m * in.x_stride + k + 1]), odd, acc[m][1]);
+    }
+  }
+  if (k < K) {
+    const V even = load_dense<TYPE>(w.dense, base + k * kPanel);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) acc[m][0] = fma(set1(x[m * in.x_stride + k]), even, acc[m][0]);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) out[m] = add(acc[m][0], acc[m][1]);
+}
+
+// What a linear computes with: the kernel's compile-time choices, made once a call.
+enum class Path { kSigned4, kSigned8, kAffine4, kAffine8, kExact, kDense32, kDenseB16, kDenseF16 };
+
+Path path_of(const Matrix& w, View view) {
+  if (w.grid == Grid::kDense) {
+    return w.type == Type::kF32 ? Path::kDense32
+                                : w.type == Type::kBF16 ? Path::kDenseB16 : Path::kDenseF16;
+  }
+  const int bits = view.is_draft ? w.draft_bits : w.bits;
+  if (bits == 16) return Path::kExact;
+  if (w.grid == Grid::kSigned) return bits == 8 ? Path::kSigned8 : Path::kSigned4;
+  return bits == 8 ? Path::kAffine8 : Path::kAffine4;
+}
+
+template <Path PATH, int LIMBS, int M>
+void panel_block(const Matrix& w, const Input& in, int64_t row, int64_t panel, V* acc) {
+  constexpr bool is_signed = PATH == Path::kSigned4 || PATH == Path::kSigned8;
+  constexpr bool is_eight = PATH == Path::kSigned8 || PATH == Path::kAffine8;
+  if constexpr (PATH == Path::kExact) exact_panel<M>(w, in, row, panel, acc);
+  else if constexpr (PATH == Path::kDense32) dense_panel<Type::kF32, M>(w, in, row, panel, acc);
+  else if constexpr (PATH == Path::kDenseB16) dense_panel<Type::kBF16, M>(w, in, row, panel, acc);
+  else if constexpr (PATH == Path::kDenseF16) dense_panel<Type::kF16, M>(w, in, row, panel, acc);
+  else {
+    const Limbs& x = LIMBS == 1 ? in.one : LIMBS == 2 ? in.two : in.three;
+    integer_panel<is_signed, is_eight, LIMBS, M>(w, x, row, panel, acc);
+  }
+}
+
+using Block = void (*)(const Matrix&, const Input&, int64_t row, int64_t panel, V* acc);
+
+template <Path PATH, int LIMBS, int M>
+Block block_of(int num_rows) {
+  if constexpr (M == 1) return panel_block<PATH, LIMBS, 1>;
+  else return num_rows == M ? panel_block<PATH, LIMBS, M> : block_of<PATH, LIMBS, M - 1>(num_rows);
+}
+
+template <Path PATH>
+Block integer_block(int limbs, int num_rows) {
+  return limbs == 1   ? block_of<PATH, 1, kMaxRows[1]>(num_rows)
+         : limbs == 2 ? block_of<PATH, 2, kMaxRows[2]>(num_rows)
+                      : block_of<PATH, 3, kMaxRows[3]>(num_rows);
+}
+
+Block find_block(Path path, int limbs, int num_rows) {
+  switch (path) {
+    case Path::kSigned4: return integer_block<Path::kSigned4>(limbs, num_rows);
+    case Path::kSigned8: return integer_block<Path::kSigned8>(limbs, num_rows);
+    case Path::kAffine4: return integer_block<Path::kAffine4>(limbs, num_rows);
+    case Path::kAffine8: return integer_block<Path::kAffine8>(limbs, num_rows);
+    case Path::kExact: return block_of<Path::kExact, 0, kMaxRows[0]>(num_rows);
+    case Path::kDense32: return block_of<Path::kDense32, 0, kMaxRows[0]>(num_rows);
+    case Path::kDenseB16: return block_of<Path::kDenseB16, 0, kMaxRows[0]>(num_rows);
+    default: return block_of<Path::kDenseF16, 0, kMaxRows[0]>(num_rows);
+  }
+}
+
+void linear(const Matrix& w, const Input& in, View view, Form form, int64_t first, int64_t last,
+            float* out, int64_t ld, const float* bias, bool round) {
+  const Path path = path_of(w, view);
+  const int limbs = form == kOne ? 1 : form == kTwo ? 2 : form == kThree ? 3 : 0;
+  // blocks of nearly equal size: 9 rows go as 5 and 4, not as 8 and 1
+  const int64_t num_blocks = (in.num_rows + kMaxRows[limbs] - 1) / kMaxRows[limbs];
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t column = panel * kPanel, left = w.num_rows - column;
+    const int lanes = left < kPanel ? static_cast<int>(left) : kPanel;
+    const V b = bias ? load_n(bias + column, lanes) : zero();
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t row = in.num_rows * block / num_blocks;
+      const int num_rows = static_cast<int>(in.num_rows * (block + 1) / num_blocks - row);
+      V acc[8];
+      find_block(path, limbs, num_rows)(w, in, row, panel, acc);
+      for (int m = 0; m < num_rows; ++m) {
+        const V sum = add(acc[m], b);
+        store_n(out + (row + m) * ld + column, round ? round_bf16(sum) : sum, lanes);
+      }
+    }
+  }
+}

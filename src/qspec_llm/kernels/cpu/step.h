@@ -1,0 +1,77 @@
+// A whole forward pass in one call. It runs the same kernels in the same order and rounds where the
+// operations of ops.h round, so its result equals theirs to the bit; what it saves is everything
+// between them.
+#pragma once
+#include <memory>
+#include <mutex>
+
+#include "ops.h"
+#include "stages.h"
+
+namespace qspec {
+
+struct Sizes {
+  int64_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocabulary;
+  float eps;
+  bool is_float;  // activations are float32, not bf16
+};
+
+// Weights of a layer. Norms are float32 vectors; q_norm and k_norm may be null.
+struct Layer {
+  const float *input_norm, *post_norm, *q_norm, *k_norm;
+  Linear qkv, output, gate_up, down;
+};
+
+class Step {
+ public:
+  Step(Sizes sizes, const Matrix* embedding, const float* final_norm, Linear head, const float* cos,
+       const float* sin, int64_t num_positions);
+
+  void add_layer(Layer layer);
+  void set_cache(std::vector<Pools> pools);
+
+  // Logits [num_logits, vocabulary] of some rows; K and V of all rows are written.
+  void forward(const int64_t* tokens, const RowTable& rows, View view, const int64_t* logit_rows,
+               int64_t num_logits, float* logits);
+
+ private:
+  enum Stage { kQkv, kOutput, kGateUp, kDown, kHead, kNumStages };
+
+  void check(const int64_t* tokens, const RowTable& rows, const int64_t* logit_rows,
+             int64_t num_logits) const;
+  void run_rows(const int64_t* tokens, const RowTable& rows, int64_t first, int64_t last);
+  void run_head(int64_t num_logits, float* logits);
+  void reserve(int64_t num_rows);
+  void reset_queues();
+  const Input& ready(int thread, Stage stage, uint32_t forms, const float* norm);
+  void run_layer(int thread, size_t index);
+  void embed(const int64_t* tokens, int64_t first, int64_t last);
+  void place(const Layer& layer, const Pools& pools, int64_t row, int64_t kv_head);
+  void add_output(int thread, const Linear& linear, const Input& input, Queue& queue);
+  void gate_up(const Linear& linear, const Input& input, int thread, Queue& queue);
+
+  const Sizes sizes_;
+  const Matrix* embedding_;
+  const float* final_norm_;
+  const Linear head_;
+  const float *cos_, *sin_;
+  const int64_t num_positions_;
+  std::vector<Layer> layers_;
+  std::vector<Pools> pools_;
+
+  // State of the call in progress; one at a time.
+  std::mutex mutex_;
+  const Kernels* kernels_ = nullptr;
+  Pool* pool_ = nullptr;
+  View view_{};
+  int64_t num_rows_ = 0;
+  const int64_t *positions_ = nullptr, *slots_ = nullptr;
+  bool has_own_inputs_ = false;  // every thread prepares its own: few rows
+  std::vector<float> x_, qkv_, attended_, sum_, gate_up_, activated_, wanted_;
+  std::vector<std::vector<float>> normed_;      // one a thread
+  std::vector<std::vector<InputStore>> inputs_;  // [threads][stages]
+  std::unique_ptr<Queue[]> queues_;
+  Attention attention_;
+};
+
+}  // namespace qspec

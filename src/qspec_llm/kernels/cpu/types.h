@@ -1,0 +1,71 @@
+// The records that the binding, the whole step and the kernels of every ISA share. Plain data: no
+// ownership, no behaviour. Tensors live in Python; these hold their addresses.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace qspec {
+
+// Rows of a matrix that are stored together: one lane each. The same on every ISA, so that a packed
+// matrix can be run by any of them.
+constexpr int kPanel = 16;
+
+enum class Type : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+enum class Grid : int32_t { kSigned = 0, kAffine = 1, kDense = 2 };
+enum class Activation : int32_t { kA16 = 0, kA8 = 1, kA4 = 2 };
+
+// Something that the caller can mend; becomes QSpecError in Python.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// One packed matrix [num_rows, num_cols]; packed.py has the arrangement of every plane.
+struct Matrix {
+  int64_t num_rows, num_cols, num_panels;
+  Grid grid;
+  int32_t bits, draft_bits, group;
+  Type type;  // of scales and offsets, or of a dense matrix
+  const uint8_t *q4, *r4, *r8;
+  const uint16_t *scale, *offset;
+  const void* dense;
+};
+
+struct View {
+  bool is_draft;
+  Activation activation;
+};
+
+// Rows x in the forms that linears read; which of them are filled is a set of Form bits.
+enum Form : uint32_t {
+  kFloat = 1,  // x itself
+  kOne = 2,    // a8 or a4: one signed byte a value
+  kTwo = 4,    // 16 bits a value, as two signed bytes: bf16 activations
+  kThree = 8,  // 23 bits, as three: float32 activations
+};
+
+// Integers of one Form. x = (256^2 limb[0] + 256 limb[1] + limb[2]) * scale for three limbs, most
+// significant first. Sums are over 32 columns, the smallest group of weights.
+struct Limbs {
+  int8_t* limb[3];  // [rows, K]
+  int32_t* sum[3];  // [rows, K/32]
+  float* scale;     // [rows, K/group]
+  float* total;     // [rows, K/32]: scale * integer, summed
+  int32_t group;
+};
+
+struct Input {
+  int64_t num_rows, num_cols;
+  const float* x;  // [rows, K]
+  int64_t x_stride;
+  Limbs one, two, three;
+};
+
+// K and V of one layer, [slots, KV heads, D].
+struct Cache {
+  const void *keys, *values;
+  Type type;
+  int64_t num_kv_heads, head_dim, block_size;
+};
+
+}  // namespace qspec
