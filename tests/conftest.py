@@ -20,6 +20,7 @@ import pytest
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
+from qspec_llm.kernels import BACKENDS, available_backends
 
 if TYPE_CHECKING:
     from qspec_llm.weights.checkpoint import Checkpoint
@@ -49,6 +50,14 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend in turn; one that was not built is skipped."""
+    if request.param not in available_backends():
+        pytest.skip(f"backend {request.param!r} does not run here")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -234,13 +234,15 @@ TINY = ModelConfig(
 )
 
 
-def tiny_decoder(target: Target, seed: int = 0, **changes: object) -> Decoder:
+def tiny_decoder(
+    target: Target, seed: int = 0, backend: str = "reference", **changes: object
+) -> Decoder:
     """A random two-layer Llama, nested for a target."""
     config = replace(TINY, **changes)  # type: ignore[arg-type]
     checkpoint = RandomCheckpoint(config, seed)
     recipe = Recipe(target, group=32)
     return load_decoder(
-        checkpoint, config, recipe, get_backend("reference"), num_positions=config.context_length
+        checkpoint, config, recipe, get_backend(backend), num_positions=config.context_length
     )
 
 

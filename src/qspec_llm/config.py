@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from qspec_llm.errors import QSpecError
-from qspec_llm.kernels import BACKENDS
+from qspec_llm.kernels import available_backends, get_backend
 from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.planes import GROUPS
 from qspec_llm.weights.quantize import Recipe, Target
@@ -40,7 +40,7 @@ class EngineConfig:
         group: weights that share one scale.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
-        backend: whose kernels run.
+        backend: whose kernels run; "auto" is the fastest that runs here, and is resolved at once.
     """
 
     target: Target
@@ -49,7 +49,7 @@ class EngineConfig:
     group: int = DEFAULT_GROUP
     max_batch: int = DEFAULT_MAX_BATCH
     max_tokens_in_kv: int = DEFAULT_KV_TOKENS
-    backend: str = "reference"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -57,8 +57,9 @@ class EngineConfig:
         for name in ("max_batch", "max_tokens_in_kv"):
             if getattr(self, name) < 1:
                 raise QSpecError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.backend not in BACKENDS:
-            raise QSpecError(f"backend {self.backend!r} is not one of {', '.join(BACKENDS)}")
+        if self.backend == "auto":
+            object.__setattr__(self, "backend", available_backends()[0])
+        get_backend(self.backend)  # refuses one that is unknown or was not built
 
     @property
     def recipe(self) -> Recipe:

@@ -84,7 +84,7 @@ class LLM:
         group: weights that share one scale (32, 64 or 128), where the checkpoint does not say.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
-        backend: whose kernels run.
+        backend: whose kernels run: "cpu", "reference", or "auto" for the fastest that runs here.
         progress: called with (tensors done, tensors in all) while loading.
 
     Raises:
@@ -101,7 +101,7 @@ class LLM:
         group: int = DEFAULT_GROUP,
         max_batch: int = DEFAULT_MAX_BATCH,
         max_tokens_in_kv: int = DEFAULT_KV_TOKENS,
-        backend: str = "reference",
+        backend: str = "auto",
         progress: Progress | None = None,
     ) -> None:
         check_gamma(gamma)
@@ -124,7 +124,7 @@ class LLM:
             checkpoint,
             self.model_config,
             self.config.recipe,
-            get_backend(backend),
+            get_backend(self.config.backend),
             num_positions=min(self.model_config.context_length, self._num_blocks * BLOCK_SIZE),
             progress=progress,
         )

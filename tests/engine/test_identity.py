@@ -21,7 +21,7 @@ from helpers_engine import (
 )
 from qspec_llm.engine.engine import Engine
 from qspec_llm.engine.params import SamplingParams
-from qspec_llm.kernels import LayerKV, Rows, reference
+from qspec_llm.kernels import BACKENDS, LayerKV, Rows, available_backends, reference
 from qspec_llm.kv.blocks import BLOCK_SIZE
 from qspec_llm.llm import LLM
 from qspec_llm.model.decoder import Decoder
@@ -33,8 +33,8 @@ VOCABULARY = 97
 
 
 @pytest.fixture(scope="module")
-def decoders() -> dict[Target, Decoder]:
-    return {target: tiny_decoder(target) for target in Target}
+def decoders(backend: str) -> dict[Target, Decoder]:
+    return {target: tiny_decoder(target, backend=backend) for target in Target}
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +148,8 @@ def test_a_seeded_request_samples_the_same_alone_in_a_batch_and_preempted(gamma,
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_other_families_are_identical_too(family):
-    decoder = tiny_decoder(Target.BF16, family=family, tied_head=True)
+def test_other_families_are_identical_too(family, backend):
+    decoder = tiny_decoder(Target.BF16, backend=backend, family=family, tied_head=True)
     prompts = ragged_prompts(8, VOCABULARY)
     plain = run_model(decoder, prompts, greedy(NUM_TOKENS))
     assert_identical(run_model(decoder, prompts, greedy(NUM_TOKENS), gamma=3), plain)
@@ -210,14 +210,15 @@ def test_committed_kv_is_the_verifiers_bit_for_bit(target, decoders):
 
 
 @pytest.mark.parametrize("target", Target)
-def test_a_verifier_that_keeps_the_drafts_kv_is_caught(target, decoders):
-    broken = replace(decoders[target], ops=VerifyKeepsDraftKV())
-    assert differs(committed_kv(broken, 3, 40), committed_kv(decoders[target], 0, 40))
+def test_a_verifier_that_keeps_the_drafts_kv_is_caught(target):
+    whole = tiny_decoder(target)
+    broken = replace(whole, ops=VerifyKeepsDraftKV())
+    assert differs(committed_kv(broken, 3, 40), committed_kv(whole, 0, 40))
     prompts = ragged_prompts(4, VOCABULARY)
     with pytest.raises(AssertionError):
         assert_identical(
             run_model(broken, prompts, greedy(30), gamma=3),
-            run_model(decoders[target], prompts, greedy(30)),
+            run_model(whole, prompts, greedy(30)),
         )
 
 
@@ -253,9 +254,16 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=list(Target))
+# The slow reference proves itself on one target; fast backends run all.
+CASES = [(name, target) for name in BACKENDS for target in Target if name != "reference"]
+
+
+@pytest.fixture(scope="module", params=[*CASES, ("reference", Target.BF16)], ids=str)
 def llm(request: pytest.FixtureRequest) -> LLM:
-    return LLM("smollm2", target=request.param.value, max_tokens_in_kv=1024)
+    backend, target = request.param
+    if backend not in available_backends():
+        pytest.skip(f"backend {backend!r} does not run here")
+    return LLM("smollm2", target=target.value, backend=backend, max_tokens_in_kv=1024)
 
 
 # Lowest greedy agreement of an a8 draft with its own verifier. Measured on 8 prompts x 96 tokens:

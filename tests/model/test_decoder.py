@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers_weights import assert_close, assert_same_bits, refused
-from qspec_llm.kernels import Rows, reference
+from qspec_llm.kernels import Rows, get_backend
 from qspec_llm.kv.blocks import BLOCK_SIZE
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.config import read_config
@@ -95,12 +95,17 @@ def edit_config(path: Path, **changes: Any) -> None:
 
 
 def load(
-    model: Path | Checkpoint, target: Target = Target.BF16, group: int = 32, **options: Any
+    model: Path | Checkpoint,
+    target: Target = Target.BF16,
+    group: int = 32,
+    backend: str = "reference",
+    **options: Any,
 ) -> Decoder:
     checkpoint = open_checkpoint(model) if isinstance(model, Path) else model
     recipe = Recipe(target, group, clip_steps=1)
     options = {"num_positions": NUM_POSITIONS, "dtype": torch.float32, **options}
-    return load_decoder(checkpoint, read_config(checkpoint), recipe, reference, **options)
+    ops = get_backend(backend)
+    return load_decoder(checkpoint, read_config(checkpoint), recipe, ops, **options)
 
 
 def logits(
@@ -144,10 +149,12 @@ def random_tokens(count: int, vocabulary: int = 101) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_bf16_target_equals_transformers(tmp_path: Path, kind: str) -> None:
+def test_the_bf16_target_equals_transformers(tmp_path: Path, kind: str, backend: str) -> None:
+    if backend == "cpu" and kind == "llama, dense fallback":
+        pytest.skip("its heads of 20 are not a multiple of 16, which the CPU backend needs")
     model, tokens = make_model(tmp_path, kind), random_tokens(90)
     expected = expected_logits(model, tokens)
-    decoder = load(tmp_path)
+    decoder = load(tmp_path, backend=backend)
     assert_close(logits(decoder, tokens), expected, 1e-5)
     assert_close(logits(decoder, tokens, [50, 1, 1, 38], is_prompt=False), expected, 1e-5)
 

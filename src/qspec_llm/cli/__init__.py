@@ -119,7 +119,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         )
         parser.add_argument("--draft", default="a8", choices=("a8", "a4", "a16"))
         parser.add_argument("--group", type=int, default=32, metavar="G")
-        parser.add_argument("--backend", default="reference")
+        parser.add_argument("--backend", default="auto")
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -164,7 +164,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="tokens drafted in each cycle, 0 to decode plainly (default: %(default)s)",
     )
     parser.add_argument(
-        "--backend", default="reference", help="whose kernels run (default: %(default)s)"
+        "--backend",
+        default="auto",
+        help="whose kernels run: cpu, reference; auto is the fastest here (default: auto)",
     )
     parser.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="prompts that run at once"

@@ -88,6 +88,7 @@ def _load_targets(
     for name in args.targets:
         target = Target(name)
         engine = EngineConfig(target=target, group=args.group, backend=args.backend)
+        args.backend = engine.backend  # "auto" is resolved
         with progress_bar() as bar:
             task = bar.add_task(f"nesting for {name}", total=None)
 
@@ -98,7 +99,7 @@ def _load_targets(
                 checkpoint,
                 config,
                 engine.recipe,
-                get_backend(args.backend),
+                get_backend(engine.backend),
                 num_positions=num_positions,
                 progress=show,
             )
