@@ -7,16 +7,20 @@ constexpr int kTile = 16;
 QSPEC_INLINE void load_tile(const Keys& keys, const void* pool, int64_t head, int64_t first,
                             int64_t count, float* out) {
   const Cache& cache = *keys.cache;
-  const int64_t D = cache.head_dim;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t position = first + i;
-    const int64_t slot = keys.block_table[position / cache.block_size] * cache.block_size +
-                         position % cache.block_size;
-    const int64_t at = (slot * cache.num_kv_heads + head) * D;
-    for (int64_t d = 0; d < D; d += 16) {
-      store(out + i * D + d, cache.type == Type::kF32
-                                 ? load(static_cast<const float*>(pool) + at + d)
-                                 : load_bf16(static_cast<const uint16_t*>(pool) + at + d));
+  const int64_t D = cache.head_dim, row = cache.num_kv_heads * D;
+  int64_t block = first / cache.block_size, offset = first % cache.block_size;
+  int64_t at = (keys.block_table[block] * cache.block_size + offset) * row + head * D;
+  for (int64_t i = 0; i < count; ++i, ++offset, at += row) {
+    if (offset == cache.block_size) {
+      offset = 0;
+      at = keys.block_table[++block] * cache.block_size * row + head * D;
+    }
+    if (cache.type == Type::kF32) {
+      const auto* from = static_cast<const float*>(pool) + at;
+      for (int64_t d = 0; d < D; d += 16) store(out + i * D + d, load(from + d));
+    } else {
+      const auto* from = static_cast<const uint16_t*>(pool) + at;
+      for (int64_t d = 0; d < D; d += 16) store(out + i * D + d, load_bf16(from + d));
     }
   }
 }

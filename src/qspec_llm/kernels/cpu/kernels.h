@@ -49,6 +49,10 @@ struct Kernels {
 
   void (*widen)(const void* x, Type type, int64_t size, float* out);
   void (*narrow)(const float* x, Type type, int64_t size, void* out);
+
+  // Read memory and do next to nothing with it: what the machine delivers. Size in bytes, rounded
+  // down to 256.
+  int32_t (*read)(const void* memory, int64_t size);
 };
 
 extern const Kernels kGeneric;

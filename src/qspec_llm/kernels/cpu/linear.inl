@@ -2,6 +2,18 @@
 // accumulators and meets the columns in the same order however many rows go together, so its result
 // does not depend on the others. Threads split the panels, never the columns.
 
+// Rows [first, first + count) go through a kernel together. Blocks are of nearly equal size: 9 rows
+// go as 5 and 4, not as 8 and 1.
+struct RowBlock {
+  int64_t first, count;
+};
+QSPEC_INLINE RowBlock row_block(int64_t num_rows, int64_t most, int64_t row) {
+  const int64_t num_blocks = (num_rows + most - 1) / most;
+  const int64_t block = ((row + 1) * num_blocks - 1) / num_rows;
+  const int64_t first = num_rows * block / num_blocks;
+  return {first, num_rows * (block + 1) / num_blocks - first};
+}
+
 // How far ahead of its use a plane is fetched, in bytes of that plane.
 constexpr int64_t kAhead = 1024;
 
@@ -26,34 +38,37 @@ QSPEC_INLINE void levels(const uint8_t* q4, const uint8_t* r4, I& low, I& high) 
   }
 }
 
-// Integer levels times integer activations: rows [row, row + M) against one panel, into acc.
-template <bool SIGNED, bool EIGHT, int LIMBS, int M>
-QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t row, int64_t panel, V* acc) {
-  const int64_t K = w.num_cols, num_groups = K / w.group, num_scales = K / x.group;
-  const int64_t step = w.group < x.group ? w.group : x.group;
+// Integer levels times integer activations: a block of rows against one panel, into acc. `x` is the
+// block's part of each array; STEP columns share the scales of both sides.
+template <bool SIGNED, bool EIGHT, int LIMBS, int M, int STEP>
+QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t panel, V* acc) {
+  const int64_t K = w.num_cols, num_groups = K / w.group;
   const uint8_t* q4 = w.q4 + panel * K * (kPanel / 2);
   const uint8_t* r4 = EIGHT ? w.r4 + panel * K * (kPanel / 2) : nullptr;
   const uint16_t* scale = w.scale + panel * num_groups * kPanel;
   const uint16_t* offset = w.offset ? w.offset + panel * num_groups * kPanel : nullptr;
-  // a level is unsigned: what is to be taken off it
-  const int32_t zero_point = SIGNED ? (EIGHT ? 120 : 7) : offset ? 0 : (EIGHT ? 128 : 8);
-  // where one code stands for 16, the draft takes their middle
-  const bool has_middle = !SIGNED && !EIGHT && w.bits == 8;
-  const V unit = set1(EIGHT ? 1.0f / 16 : 1.0f);
+  const int8_t* xs = x.bytes;
+  const float *x_scale = x.scale, *x_total = x.total;
+  // Levels are unsigned here: what that adds is taken off again, in units of the scale. Where one
+  // code stands for 16, the draft takes their middle.
+  float zero_point = SIGNED ? (EIGHT ? -120.0f : -7.0f) : offset ? 0.0f : EIGHT ? -128.0f : -8.0f;
+  if (!SIGNED && !EIGHT && w.bits == 8) zero_point += 7.5f / 16;
+  const V zero_lanes = set1(zero_point), unit = set1(1.0f / 16);
+  const int64_t steps_in_group = w.group / STEP;
+  int64_t steps_left = 0;
+  V s = zero(), b = zero();
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[m] = zero();
 
-  for (int64_t k0 = 0; k0 < K; k0 += step) {
+  for (int64_t k0 = 0; k0 < K; k0 += STEP) {
     I dots[LIMBS][M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 3
-      for (int l = 0; l < LIMBS; ++l) {
-        const int32_t* sums = x.sum[l] + (row + m) * (K / 32) + k0 / 32;
-        dots[l][m] = set1_i(-zero_point * (step == 64 ? sums[0] + sums[1] : sums[0]));
-      }
+      for (int l = 0; l < LIMBS; ++l) dots[l][m] = zero_i();
     }
-    for (int64_t k = k0; k < k0 + step; k += 8) {
+#pragma GCC unroll 2
+    for (int i = 0; i < STEP / 8; ++i) {
       I low, high;
       prefetch(q4 + kAhead);
       if constexpr (EIGHT) prefetch(r4 + kAhead);
@@ -64,21 +79,25 @@ QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t row, in
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 3
         for (int l = 0; l < LIMBS; ++l) {
-          const int8_t* xs = x.limb[l] + (row + m) * K + k;
-          if constexpr (EIGHT) dots[l][m] = dot_u8(dot_u8(dots[l][m], low, xs), high, xs + 4);
-          else dots[l][m] = dot_u4(dot_u4(dots[l][m], low, xs), high, xs + 4);
+          const int8_t* bytes = xs + (m * LIMBS + l) * 8;
+          if constexpr (EIGHT) dots[l][m] = dot_u8(dot_u8(dots[l][m], low, bytes), high, bytes + 4);
+          else dots[l][m] = dot_u4(dot_u4(dots[l][m], low, bytes), high, bytes + 4);
         }
       }
+      xs += M * LIMBS * 8;
     }
-    const int64_t group = k0 / w.group * kPanel;
-    const V s = load_scale(scale + group, w.type);
-    const V s_level = EIGHT ? mul(s, unit) : s;
-    V b = zero();
-    const bool has_offset = offset || has_middle;
-    if (has_offset) {
-      if (has_middle) b = mul(s, set1(7.5f / 16));
-      if (offset) b = add(b, load_scale(offset + group, w.type));
+    if (steps_left == 0) {
+      steps_left = steps_in_group;
+      s = load_scale(scale, w.type);
+      if constexpr (EIGHT) s = mul(s, unit);
+      b = mul(s, zero_lanes);
+      if (offset) {
+        b = add(b, load_scale(offset, w.type));
+        offset += kPanel;
+      }
+      scale += kPanel;
     }
+    --steps_left;
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       V dot;
@@ -87,10 +106,12 @@ QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t row, in
       else
         dot = fma(to_float(dots[0][m]), set1(65536.0f),
                   fma(to_float(dots[1][m]), set1(256.0f), to_float(dots[2][m])));
-      const float* total = x.total + (row + m) * (K / 32) + k0 / 32;
-      acc[m] = fma(mul(dot, set1(x.scale[(row + m) * num_scales + k0 / x.group])), s_level, acc[m]);
-      if (has_offset) acc[m] = fma(b, set1(step == 64 ? total[0] + total[1] : total[0]), acc[m]);
+      acc[m] = fma(mul(dot, set1(x_scale[m])), s, acc[m]);
+      acc[m] = fma(b, set1(x_total[m]), acc[m]);
+      if constexpr (STEP == 64) acc[m] = fma(b, set1(x_total[M + m]), acc[m]);
     }
+    x_scale += M * (STEP / 32);
+    x_total += M * (STEP / 32);
   }
 }
 
@@ -215,8 +236,15 @@ void panel_block(const Matrix& w, const Input& in, int64_t row, int64_t panel, V
   else if constexpr (PATH == Path::kDenseB16) dense_panel<Type::kBF16, M>(w, in, row, panel, acc);
   else if constexpr (PATH == Path::kDenseF16) dense_panel<Type::kF16, M>(w, in, row, panel, acc);
   else {
-    const Limbs& x = LIMBS == 1 ? in.one : LIMBS == 2 ? in.two : in.three;
-    integer_panel<is_signed, is_eight, LIMBS, M>(w, x, row, panel, acc);
+    const Limbs& all = LIMBS == 1 ? in.one : LIMBS == 2 ? in.two : in.three;
+    const int64_t meta = row * (in.num_cols / 32);
+    const Limbs x{all.bytes + row * in.num_cols * LIMBS, all.scale + meta, all.total + meta,
+                  all.group};
+    if (w.group >= 64 && all.group == 64) {
+      integer_panel<is_signed, is_eight, LIMBS, M, 64>(w, x, panel, acc);
+    } else {
+      integer_panel<is_signed, is_eight, LIMBS, M, 32>(w, x, panel, acc);
+    }
   }
 }
 
@@ -252,21 +280,19 @@ void linear(const Matrix& w, const Input& in, View view, Form form, int64_t firs
             float* out, int64_t ld, const float* bias, bool round) {
   const Path path = path_of(w, view);
   const int limbs = form == kOne ? 1 : form == kTwo ? 2 : form == kThree ? 3 : 0;
-  // blocks of nearly equal size: 9 rows go as 5 and 4, not as 8 and 1
-  const int64_t num_blocks = (in.num_rows + kMaxRows[limbs] - 1) / kMaxRows[limbs];
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t column = panel * kPanel, left = w.num_rows - column;
     const int lanes = left < kPanel ? static_cast<int>(left) : kPanel;
     const V b = bias ? load_n(bias + column, lanes) : zero();
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      const int64_t row = in.num_rows * block / num_blocks;
-      const int num_rows = static_cast<int>(in.num_rows * (block + 1) / num_blocks - row);
+    for (int64_t row = 0; row < in.num_rows;) {
+      const int num_rows = static_cast<int>(row_block(in.num_rows, kMaxRows[limbs], row).count);
       V acc[8];
       find_block(path, limbs, num_rows)(w, in, row, panel, acc);
       for (int m = 0; m < num_rows; ++m) {
         const V sum = add(acc[m], b);
         store_n(out + (row + m) * ld + column, round ? round_bf16(sum) : sum, lanes);
       }
+      row += num_rows;
     }
   }
 }

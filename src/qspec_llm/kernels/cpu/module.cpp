@@ -228,6 +228,10 @@ NB_MODULE(_cpu, m) {
       for (int64_t i = 0; i < times; ++i) pool().barrier();
     });
   });
+  m.def(
+      "read_memory",
+      [](Address memory, int64_t size) { return read_memory(pointer<const void>(memory), size); },
+      nb::call_guard<nb::gil_scoped_release>());
   bind_matrix(m);
   bind_pools(m);
   bind_rows(m);

@@ -194,6 +194,21 @@ void op_attention(const void* query, Type type, int64_t num_heads, const Pools& 
   k.narrow(s.out.data(), type, rows.num_rows * size, out);
 }
 
+int32_t read_memory(const void* memory, int64_t size) {
+  constexpr int64_t kPiece = 1 << 18;
+  Pool& team = pool();
+  Queue queue;
+  std::atomic<int32_t> total{0};
+  team.run([&](int) {
+    queue.each((size + kPiece - 1) / kPiece, 1, [&](int64_t i, int64_t) {
+      const int64_t left = size - i * kPiece;
+      total += kernels().read(static_cast<const char*>(memory) + i * kPiece,
+                              left < kPiece ? left : kPiece);
+    });
+  });
+  return total.load();
+}
+
 void op_silu_mul(const void* gate_up, Type type, int64_t num_rows, int64_t size, void* out) {
   by_rows(num_rows, [&](int64_t first, int64_t last) {
     std::vector<float> row(2 * size);

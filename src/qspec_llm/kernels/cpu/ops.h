@@ -31,6 +31,9 @@ void op_attention(const void* query, Type type, int64_t num_heads, const Pools& 
                   const RowTable& rows, void* out);
 void op_silu_mul(const void* gate_up, Type type, int64_t num_rows, int64_t size, void* out);
 
+// Read memory with all threads; returns something that depends on it.
+int32_t read_memory(const void* memory, int64_t size);
+
 // Throws Error where a row, a block or a position lies outside of the cache.
 void check_rows(const RowTable& rows, int64_t num_slots, int64_t block_size);
 

@@ -1,5 +1,7 @@
 // Operations on one row at a time: activation quantisation, norm, rotation, SwiGLU, conversions.
 
+constexpr int64_t kReadAhead = 2048;
+
 // Largest |x| of some columns; NaN if one of them is, as its pattern is above that of infinity.
 QSPEC_INLINE float largest(const float* x, int64_t size) {
   I top = zero_i();
@@ -24,23 +26,45 @@ QSPEC_INLINE int exponent_of(float x) {  // of a normal number or zero
   return ((bits >> 23) & 255) - 127;
 }
 
+// Where one row lies in its block.
+struct RowPlace {
+  int8_t* bytes;
+  float *scale, *total;
+  int64_t block_rows;
+};
+QSPEC_INLINE RowPlace place_of(const Limbs& to, int limbs, int64_t num_rows, int64_t row, int64_t K) {
+  const RowBlock block = row_block(num_rows, kMaxRows[limbs], row);
+  const int64_t m = row - block.first, meta = block.first * (K / 32) + m;
+  return {to.bytes + block.first * K * limbs + m * limbs * 8, to.scale + meta, to.total + meta,
+          block.count};
+}
+
+// Sixteen columns of one limb, of which `to` is the place of the first eight.
+QSPEC_INLINE void store_limb(int8_t* to, int64_t stride, I x) {
+  int8_t bytes[16];
+  store_bytes(bytes, x);
+  __builtin_memcpy(to, bytes, 8);
+  __builtin_memcpy(to + stride, bytes + 8, 8);
+}
+
 // One signed byte a value, scale = largest / top: kernels/reference.py, quantize_activations.
-void fill_one(const float* x, int64_t row, int64_t K, int top, Limbs& out) {
+void fill_one(const float* x, int64_t K, int top, int64_t group, RowPlace to) {
   const V limit = set1(static_cast<float>(top)), lowest = set1(static_cast<float>(-top));
-  for (int64_t k0 = 0; k0 < K; k0 += out.group) {
-    const float scale = largest(x + k0, out.group) / static_cast<float>(top);
+  const int64_t stride = to.block_rows * 8;
+  for (int64_t k0 = 0; k0 < K; k0 += group) {
+    const float scale = largest(x + k0, group) / static_cast<float>(top);
     const V divisor = set1(scale < 1.17549435e-38f ? 1.17549435e-38f : scale);
-    out.scale[row * (K / out.group) + k0 / out.group] = scale;
-    for (int64_t k = k0; k < k0 + out.group; k += 32) {
+    for (int64_t k = k0; k < k0 + group; k += 32) {
       I sum = zero_i();
-      for (int64_t i = k; i < k + 32; i += 16) {
+      for (int64_t i = k; i < k + 32; i += 16, to.bytes += 2 * stride) {
         const I q = to_int(min(max(round_even(div(load(x + i), divisor)), lowest), limit));
-        store_bytes(out.limb[0] + row * K + i, q);
+        store_limb(to.bytes, stride, q);
         sum = add_i(sum, q);
       }
-      const int32_t total = hsum_i(sum);
-      out.sum[0][row * (K / 32) + k / 32] = total;
-      out.total[row * (K / 32) + k / 32] = static_cast<float>(total) * scale;
+      *to.scale = scale;
+      *to.total = static_cast<float>(hsum_i(sum)) * scale;
+      to.scale += to.block_rows;
+      to.total += to.block_rows;
     }
   }
 }
@@ -49,9 +73,10 @@ void fill_one(const float* x, int64_t row, int64_t K, int top, Limbs& out) {
 // value's leading one, bf16 values down to 7 octaves below it are exact; what is lost of smaller
 // ones is 2^-7 of what bf16 itself lost of the largest. Three bytes carry 22 bits, for float32.
 template <int LIMBS>
-void fill_split(const float* x, int64_t row, int64_t K, Limbs& out) {
-  for (int64_t k0 = 0; k0 < K; k0 += out.group) {
-    const float top = largest(x + k0, out.group);
+void fill_split(const float* x, int64_t K, int64_t group, RowPlace to) {
+  const int64_t stride = to.block_rows * LIMBS * 8;
+  for (int64_t k0 = 0; k0 < K; k0 += group) {
+    const float top = largest(x + k0, group);
     // 1.004: a bf16 significand of all ones would need one more bit in the highest byte
     const int exponent = exponent_of(top * 1.004f) - (LIMBS == 2 ? 14 : 21);
     const float scale = power_of_two(exponent);
@@ -59,35 +84,35 @@ void fill_split(const float* x, int64_t row, int64_t K, Limbs& out) {
     // NaN and infinity have no integers: they reach the result through the scale
     const bool is_finite = top - top == 0;
     const float kept = is_finite ? scale : top * 0.0f;
-    out.scale[row * (K / out.group) + k0 / out.group] = kept;
-    for (int64_t k = k0; k < k0 + out.group; k += 32) {
-      I sums[3] = {zero_i(), zero_i(), zero_i()};
-      for (int64_t i = k; i < k + 32; i += 16) {
+    for (int64_t k = k0; k < k0 + group; k += 32) {
+      V sum = zero();
+      for (int64_t i = k; i < k + 32; i += 16, to.bytes += 2 * stride) {
         I rest = is_finite ? to_int(mul(load(x + i), inverse)) : zero_i();
+        sum = add(sum, to_float(rest));
         for (int l = LIMBS - 1; l >= 0; --l) {
           const I low = l > 0 ? sar<24>(shl<24>(rest)) : rest;  // sign-extended lowest byte
-          store_bytes(out.limb[l] + row * K + i, low);
-          sums[l] = add_i(sums[l], low);
+          store_limb(to.bytes + l * 8, stride, low);
           rest = sar<8>(sub_i(rest, low));
         }
       }
-      float total = 0;
-      for (int l = 0; l < LIMBS; ++l) {
-        const int32_t sum = hsum_i(sums[l]);
-        out.sum[l][row * (K / 32) + k / 32] = sum;
-        total = total * 256 + static_cast<float>(sum);
-      }
-      out.total[row * (K / 32) + k / 32] = total * kept;
+      *to.scale = kept;
+      *to.total = hsum(sum) * kept;
+      to.scale += to.block_rows;
+      to.total += to.block_rows;
     }
   }
 }
 
 void fill(Input& in, Form form, Activation activation, int64_t first, int64_t last) {
+  const int limbs = form == kOne ? 1 : form == kTwo ? 2 : 3;
+  const Limbs& to = form == kOne ? in.one : form == kTwo ? in.two : in.three;
   for (int64_t row = first; row < last; ++row) {
     const float* x = in.x + row * in.x_stride;
-    if (form == kOne) fill_one(x, row, in.num_cols, activation == Activation::kA4 ? 7 : 127, in.one);
-    if (form == kTwo) fill_split<2>(x, row, in.num_cols, in.two);
-    if (form == kThree) fill_split<3>(x, row, in.num_cols, in.three);
+    const int64_t K = in.num_cols;
+    const RowPlace place = place_of(to, limbs, in.num_rows, row, K);
+    if (form == kOne) fill_one(x, K, activation == Activation::kA4 ? 7 : 127, to.group, place);
+    if (form == kTwo) fill_split<2>(x, K, to.group, place);
+    if (form == kThree) fill_split<3>(x, K, to.group, place);
   }
 }
 
@@ -193,4 +218,16 @@ void narrow(const float* x, Type type, int64_t size, void* out) {
     store_bf16(n == 16 ? half + i : tail, rounded);
     if (n < 16) __builtin_memcpy(half + i, tail, static_cast<size_t>(n) * 2);
   }
+}
+
+int32_t read_memory(const void* memory, int64_t size) {
+  const auto* p = static_cast<const char*>(memory);
+  I sums[4] = {zero_i(), zero_i(), zero_i(), zero_i()};
+  for (int64_t at = 0; at + 256 <= size; at += 256) {
+    for (int i = 0; i < 4; ++i) {
+      prefetch(p + at + 64 * i + kReadAhead);
+      sums[i] = add_i(sums[i], load_i(p + at + 64 * i));
+    }
+  }
+  return hsum_i(add_i(add_i(sums[0], sums[1]), add_i(sums[2], sums[3])));
 }

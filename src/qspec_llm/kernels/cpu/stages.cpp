@@ -30,16 +30,13 @@ int64_t num_columns(const Linear& linear) {
 }
 
 void InputStore::reserve(Limbs& limbs, int num, int64_t num_rows, int64_t num_cols,
-                         std::vector<int8_t>& bytes, std::vector<int32_t>& words) {
-  const int64_t size = num_rows * num_cols, sums = num_rows * (num_cols / 32);
+                         std::vector<int8_t>& bytes, std::vector<float>& scales) {
+  const int64_t size = num_rows * num_cols, groups = num_rows * (num_cols / 32);
   if (static_cast<int64_t>(bytes.size()) < size * num) bytes.resize(size * num);
-  if (static_cast<int64_t>(words.size()) < sums * (num + 2)) words.resize(sums * (num + 2));
-  for (int l = 0; l < num; ++l) {
-    limbs.limb[l] = bytes.data() + l * size;
-    limbs.sum[l] = words.data() + l * sums;
-  }
-  limbs.scale = reinterpret_cast<float*>(words.data() + num * sums);
-  limbs.total = limbs.scale + sums;
+  if (static_cast<int64_t>(scales.size()) < 2 * groups) scales.resize(2 * groups);
+  limbs.bytes = bytes.data();
+  limbs.scale = scales.data();
+  limbs.total = scales.data() + groups;
 }
 
 Input& InputStore::reserve(const float* x, int64_t stride, int64_t num_rows, int64_t num_cols,
@@ -52,7 +49,7 @@ Input& InputStore::reserve(const float* x, int64_t stride, int64_t num_rows, int
   const Form kinds[3] = {kOne, kTwo, kThree};
   for (int i = 0; i < 3; ++i) {
     if (!(forms & kinds[i])) continue;
-    reserve(*limbs[i], num_limbs(kinds[i]), num_rows, num_cols, bytes_[i], words_[i]);
+    reserve(*limbs[i], num_limbs(kinds[i]), num_rows, num_cols, bytes_[i], scales_[i]);
     // one scale a token and 64 columns, 32 for a4 and where 64 does not divide K
     const bool is_a4 = kinds[i] == kOne && activation == Activation::kA4;
     limbs[i]->group = is_a4 || num_cols % 64 ? 32 : 64;

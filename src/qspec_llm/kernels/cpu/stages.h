@@ -28,10 +28,10 @@ class InputStore {
 
  private:
   static void reserve(Limbs& limbs, int num_limbs, int64_t num_rows, int64_t num_cols,
-                      std::vector<int8_t>& bytes, std::vector<int32_t>& words);
+                      std::vector<int8_t>& bytes, std::vector<float>& scales);
   Input input_{};
   std::vector<int8_t> bytes_[3];
-  std::vector<int32_t> words_[3];
+  std::vector<float> scales_[3];
 };
 
 void fill_forms(const Kernels& kernels, Input& input, uint32_t forms, Activation activation,

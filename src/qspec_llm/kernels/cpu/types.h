@@ -44,14 +44,15 @@ enum Form : uint32_t {
   kThree = 8,  // 23 bits, as three: float32 activations
 };
 
-// Integers of one Form. x = (256^2 limb[0] + 256 limb[1] + limb[2]) * scale for three limbs, most
-// significant first. Sums are over 32 columns, the smallest group of weights.
+// Integers of one Form: x = (256^2 limb 0 + 256 limb 1 + limb 2) * scale for three limbs, most
+// significant first. Rows lie in blocks of those that go through a kernel together, so that one
+// pointer walks through all of them; a block of M rows holds
+//   bytes [K/8][M][limbs][8], scale and total [K/32][M]
+// where total is the sum of 32 columns, the smallest group of weights, times scale.
 struct Limbs {
-  int8_t* limb[3];  // [rows, K]
-  int32_t* sum[3];  // [rows, K/32]
-  float* scale;     // [rows, K/group]
-  float* total;     // [rows, K/32]: scale * integer, summed
-  int32_t group;
+  int8_t* bytes;
+  float *scale, *total;
+  int32_t group;  // columns that share a scale: 32 or 64
 };
 
 struct Input {
