@@ -17,7 +17,7 @@ KERNELS := CMakeLists.txt $(wildcard src/qspec_llm/kernels/cpu/*.cpp src/qspec_l
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/qspec generate smollm2 --target bf16 --prompt-file demo/prompts.jsonl --max-tokens 48 --compare
+	$(BIN)/qspec generate smollm2 --target bf16 --prompt-file demo/prompts.jsonl --max-tokens 64 --max-batch 1 --compare
 
 test: .venv/.installed
 	$(BIN)/ruff format --check src tests

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qspec_llm.config import (
-    DEFAULT_GAMMA,
     DEFAULT_GROUP,
     DEFAULT_KV_TOKENS,
     DEFAULT_MAX_BATCH,
@@ -80,7 +79,7 @@ class LLM:
             or an alias ("smollm2").
         target: what the output equals: "int4", "int8", "bf16", or "auto" for the checkpoint's own.
         draft: activations of the draft view, "a8", "a4" or "a16".
-        gamma: tokens to draft in each cycle; 0 decodes plainly.
+        gamma: tokens to draft in each cycle; 0 decodes plainly; None takes the target's default.
         group: weights that share one scale (32, 64 or 128), where the checkpoint does not say.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
@@ -97,14 +96,15 @@ class LLM:
         *,
         target: str = "auto",
         draft: str = "a8",
-        gamma: int = DEFAULT_GAMMA,
+        gamma: int | None = None,
         group: int = DEFAULT_GROUP,
         max_batch: int = DEFAULT_MAX_BATCH,
         max_tokens_in_kv: int = DEFAULT_KV_TOKENS,
         backend: str = "auto",
         progress: Progress | None = None,
     ) -> None:
-        check_gamma(gamma)
+        if gamma is not None:
+            check_gamma(gamma)
         self.model = model
         path = resolve_model(model)
         checkpoint = open_checkpoint(path)
@@ -128,7 +128,8 @@ class LLM:
             num_positions=min(self.model_config.context_length, self._num_blocks * BLOCK_SIZE),
             progress=progress,
         )
-        self.engine = self.new_engine(gamma)
+        assert self.config.gamma is not None
+        self.engine = self.new_engine(self.config.gamma)
 
     @property
     def kv_bytes_per_token(self) -> int:

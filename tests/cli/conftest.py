@@ -35,7 +35,7 @@ def model_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     values = {
         "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 257,
+        "vocab_size": 272,  # bytes, an end token, and what fills a row block of the kernels
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -48,7 +48,7 @@ def model_dir(tmp_path_factory):
         "tie_word_embeddings": False,
     }
     (path / "config.json").write_text(json.dumps(values))
-    config = ModelConfig("llama", 257, 64, 96, 2, 4, 2, 16, 1e-5, 1e4, None, False, 256, (256,))
+    config = ModelConfig("llama", 272, 64, 96, 2, 4, 2, 16, 1e-5, 1e4, None, False, 256, (256,))
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator).mul_(0.3).to(torch.bfloat16)

@@ -42,8 +42,8 @@ def test_nothing_is_stored_twice(model_dir, capsys):
 @pytest.mark.parametrize("target", ["int4", "int8", "bf16"])
 @pytest.mark.parametrize("draft", ["a8", "a4", "a16"])
 def test_compare_finds_every_token_identical(model_dir, capsys, target, draft):
-    options = ("--prompt", "hello", "--target", target, "--draft", draft, "--compare")
-    report = run_json(capsys, model_dir, *options, "--max-tokens", "24")
+    options = ("--prompt", "hello", "--target", target, "--draft", draft, "--gamma", "3")
+    report = run_json(capsys, model_dir, *options, "--compare", "--max-tokens", "24")
     assert report["compare"].keys() == {"identical", "seconds", "tokens_per_second", "speedup"}
     assert report["compare"]["identical"] is True
     assert report["acceptance_rate"] is not None
@@ -54,6 +54,17 @@ def test_plain_decoding_drafts_nothing(model_dir, capsys):
     assert report["acceptance_rate"] is None
     assert report["mean_tokens_per_cycle"] == 1.0
     assert report["results"][0]["drafted"] == 0
+
+
+@pytest.mark.parametrize(("target", "gamma"), [("int4", 0), ("int8", 2), ("bf16", 2)])
+def test_the_default_gamma_is_the_targets_and_plain_decoding_is_announced(
+    model_dir, capsys, target, gamma
+):
+    options = ["generate", str(model_dir), "--prompt", "x", "--target", target, "--json"]
+    assert main(options) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["gamma"] == gamma
+    assert ("decodes plainly by default" in captured.err) == (gamma == 0)
 
 
 def test_a_prompt_file_is_one_batch_in_its_order(model_dir, capsys, tmp_path):
@@ -90,8 +101,8 @@ def test_a_seed_fixes_the_text(model_dir, capsys):
 
 @pytest.mark.weights
 def test_smollm2_answers(capsys):
-    options = ("--prompt", "What is the capital of France?", "--max-tokens", "8", "--compare")
-    report = run_json(capsys, "smollm2", *options)
+    options = ("--prompt", "What is the capital of France?", "--max-tokens", "8", "--gamma", "3")
+    report = run_json(capsys, "smollm2", *options, "--compare")
     assert "Paris" in report["results"][0]["text"]
     assert report["target"] == "int4"
     assert report["compare"]["identical"] is True

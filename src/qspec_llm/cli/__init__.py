@@ -107,7 +107,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--prompt-file", required=True, metavar="FILE", help="JSON Lines of prompts"
     )
     decode.add_argument("--max-tokens", type=int, default=64, metavar="N")
-    decode.add_argument("--gamma", type=int, default=3, metavar="N")
+    decode.add_argument("--gamma", type=int, default=2, metavar="N")
     decode.add_argument("--max-batch", type=int, default=1, metavar="N")
 
     for parser in (steps, decode):
@@ -159,9 +159,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gamma",
         type=int,
-        default=3,
         metavar="N",
-        help="tokens drafted in each cycle, 0 to decode plainly (default: %(default)s)",
+        help="tokens drafted in each cycle, 0 to decode plainly (default: 0 for int4, else 2)",
     )
     parser.add_argument(
         "--backend",

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -65,19 +65,23 @@ def load(args: argparse.Namespace) -> LLM:
             backend=args.backend,
             progress=show,
         )
-    if note := _draft_note(llm):
+    for note in _notes(llm, is_default=args.gamma is None):
         print(f"qspec: note: {note}", file=sys.stderr)
     return llm
 
 
-def _draft_note(llm: LLM) -> str | None:
-    """What to expect of a draft that is allowed but seldom wanted."""
-    if llm.config.draft == "a4" and llm.config.gamma > 0:
-        return (
+def _notes(llm: LLM, *, is_default: bool) -> Iterator[str]:
+    """What to expect of options that are allowed but seldom wanted, or chosen for the caller."""
+    if llm.config.gamma == 0 and is_default:
+        yield (
+            f"the {llm.config.target} target decodes plainly by default, since its draft reads as "
+            "many bytes as its verifier; --gamma N drafts all the same"
+        )
+    if llm.config.draft == "a4" and llm.config.gamma:
+        yield (
             "4-bit activations on weights that were not rotated agree seldom (about half the "
             "tokens of SmolLM2); the text stays the same, drafting will hardly pay"
         )
-    return None
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
