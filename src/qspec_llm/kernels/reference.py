@@ -139,7 +139,7 @@ def quantize_activations(x: Tensor, activation: Activation) -> tuple[Tensor, Ten
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    wide = x.float().view(-1, x.shape[-1])
+    wide = x.float().reshape(-1, x.shape[-1])
 
     def part(row: Tensor) -> Tensor:
         return row * torch.rsqrt(row.square().mean(-1, keepdim=True) + eps) * weight.float()
