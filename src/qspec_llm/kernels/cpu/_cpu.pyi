@@ -12,7 +12,7 @@ class Matrix:
         bits: int,
         draft_bits: int,
         group: int,
-        type: int,
+        type_code: int,
         q4: int = 0,
         r4: int = 0,
         r8: int = 0,
@@ -26,7 +26,7 @@ class Pools:
         self,
         keys: int,
         values: int,
-        type: int,
+        type_code: int,
         num_slots: int,
         num_kv_heads: int,
         head_dim: int,
@@ -97,7 +97,7 @@ def set_num_threads(num_threads: int, /) -> None: ...
 def fork_join(times: int, /) -> None: ...
 def barriers(times: int, /) -> None: ...
 def read_memory(memory: int, size: int, /) -> int: ...
-def embed(table: Matrix, tokens: int, num_rows: int, out: int, type: int, /) -> None: ...
+def embed(table: Matrix, tokens: int, num_rows: int, out: int, type_code: int, /) -> None: ...
 def linear(
     weight: Matrix,
     is_draft: bool,
@@ -112,7 +112,7 @@ def linear(
 ) -> None: ...
 def rms_norm(
     x: int,
-    type: int,
+    type_code: int,
     num_rows: int,
     stride: int,
     heads: int,
@@ -124,7 +124,7 @@ def rms_norm(
 ) -> None: ...
 def rope(
     x: int,
-    type: int,
+    type_code: int,
     num_rows: int,
     stride: int,
     heads: int,
@@ -135,10 +135,10 @@ def rope(
     /,
 ) -> None: ...
 def write_kv(
-    keys: int, key_stride: int, values: int, value_stride: int, type: int, to: Pools,
+    keys: int, key_stride: int, values: int, value_stride: int, type_code: int, to: Pools,
     rows: RowTable, /
 ) -> None: ...  # fmt: skip
 def attention(
-    query: int, type: int, num_heads: int, from_pools: Pools, rows: RowTable, out: int, /
+    query: int, type_code: int, num_heads: int, from_pools: Pools, rows: RowTable, out: int, /
 ) -> None: ...
-def silu_mul(gate_up: int, type: int, num_rows: int, size: int, out: int, /) -> None: ...
+def silu_mul(gate_up: int, type_code: int, num_rows: int, size: int, out: int, /) -> None: ...

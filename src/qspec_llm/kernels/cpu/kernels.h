@@ -23,7 +23,8 @@ struct Partial {
 struct Kernels {
   const char* name;
 
-  // Fill one form of rows [first, last) of `input`; `x` is read.
+  // Fill columns [first, last) of one form of `input`, whole groups of them, from `x`. Rows lie
+  // side by side in it, so threads that shared out the rows would write to the same cache lines.
   void (*fill)(Input& input, Form form, Activation activation, int64_t first, int64_t last);
 
   // out [rows, ld] = x W^T + bias, for the columns of panels [first, last).

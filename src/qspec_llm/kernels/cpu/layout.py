@@ -106,7 +106,7 @@ def _pack_planes(stored: Planes) -> PackedPlanes:
         bits=spec.bits,
         draft_bits=spec.draft_bits,
         group=spec.group,
-        type=TYPE_CODES[spec.scale_dtype],
+        type_code=TYPE_CODES[spec.scale_dtype],
         **{name: plane.data_ptr() for name, plane in planes.items()},
     )
     return PackedPlanes(spec, planes, matrix)
@@ -127,7 +127,7 @@ def _pack_dense(stored: Dense) -> PackedDense:
         bits=0,
         draft_bits=0,
         group=0,
-        type=TYPE_CODES[weight.dtype],
+        type_code=TYPE_CODES[weight.dtype],
         dense=panels.data_ptr(),
     )
     return PackedDense((weight.shape[0], weight.shape[1]), panels, stored.reason, matrix)

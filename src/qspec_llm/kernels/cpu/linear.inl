@@ -15,7 +15,7 @@ QSPEC_INLINE RowBlock row_block(int64_t num_rows, int64_t most, int64_t row) {
 }
 
 // How far ahead of its use a plane is fetched, in bytes of that plane.
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 2048;
 
 QSPEC_INLINE V load_scale(const uint16_t* p, Type type) {
   return type == Type::kBF16 ? load_bf16(p) : load_f16(p);
@@ -154,8 +154,8 @@ QSPEC_INLINE void exact_panel(const Matrix& w, const Input& in, int64_t row, int
     for (int64_t k = k0; k < k0 + w.group; k += 8) {
       prefetch(q4 + kAhead);
       prefetch(n4 + kAhead);
-      prefetch(n8 + 2 * kAhead);
-      prefetch(n8 + 2 * kAhead + 64);
+      prefetch(n8 + kAhead);
+      prefetch(n8 + kAhead + 64);
       const I q = load_i(q4), n = load_i(n4), first = load_i(n8), second = load_i(n8 + 4 * kPanel);
       const float* xk = x + k;
       exact_column<M, 0>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
@@ -188,7 +188,7 @@ QSPEC_INLINE void dense_panel(const Matrix& w, const Input& in, int64_t row, int
   const int64_t K = w.num_cols, base = panel * K * kPanel;
   const float* x = in.x + row * in.x_stride;
   constexpr int64_t size = TYPE == Type::kF32 ? 4 : 2;
-  const char* ahead = static_cast<const char*>(w.dense) + base * size + 2 * kAhead;
+  const char* ahead = static_cast<const char*>(w.dense) + base * size + kAhead;
   V acc[M][2];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();

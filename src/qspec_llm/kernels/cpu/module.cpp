@@ -61,7 +61,7 @@ void bind_matrix(nb::module_& m) {
                               pointer<const void>(dense)};
           },
           nb::kw_only(), "num_rows"_a, "num_cols"_a, "grid"_a, "bits"_a, "draft_bits"_a, "group"_a,
-          "type"_a, "q4"_a = 0, "r4"_a = 0, "r8"_a = 0, "scale"_a = 0, "offset"_a = 0,
+          "type_code"_a, "q4"_a = 0, "r4"_a = 0, "r8"_a = 0, "scale"_a = 0, "offset"_a = 0,
           "dense"_a = 0);
 }
 
@@ -74,7 +74,7 @@ void bind_pools(nb::module_& m) {
             new (self)
                 Pools(pools(keys, values, type, num_slots, num_kv_heads, head_dim, block_size));
           },
-          "keys"_a, "values"_a, "type"_a, "num_slots"_a, "num_kv_heads"_a, "head_dim"_a,
+          "keys"_a, "values"_a, "type_code"_a, "num_slots"_a, "num_kv_heads"_a, "head_dim"_a,
           "block_size"_a);
 }
 

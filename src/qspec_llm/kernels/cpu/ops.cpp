@@ -112,7 +112,8 @@ void op_linear(const Matrix& w, View view, const void* x, Type x_type, int64_t n
     const int64_t first = num_rows * thread / team.size();
     const int64_t last = num_rows * (thread + 1) / team.size();
     k.widen(at(x, x_type, first * K), x_type, (last - first) * K, s.in.data() + first * K);
-    fill_forms(k, input, form, view.activation, first, last);
+    team.barrier();
+    fill_forms(k, input, form, view.activation, thread, team.size());
     team.barrier();
     linear_stage(k, linear, input, view, is_float, team.size(), queue, s.out.data(), N, false,
                  [&](int64_t begin, int64_t end) {

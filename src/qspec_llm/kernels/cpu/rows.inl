@@ -48,10 +48,10 @@ QSPEC_INLINE void store_limb(int8_t* to, int64_t stride, I x) {
 }
 
 // One signed byte a value, scale = largest / top: kernels/reference.py, quantize_activations.
-void fill_one(const float* x, int64_t K, int top, int64_t group, RowPlace to) {
+void fill_one(const float* x, int64_t size, int top, int64_t group, RowPlace to) {
   const V limit = set1(static_cast<float>(top)), lowest = set1(static_cast<float>(-top));
   const int64_t stride = to.block_rows * 8;
-  for (int64_t k0 = 0; k0 < K; k0 += group) {
+  for (int64_t k0 = 0; k0 < size; k0 += group) {
     const float scale = largest(x + k0, group) / static_cast<float>(top);
     const V divisor = set1(scale < 1.17549435e-38f ? 1.17549435e-38f : scale);
     for (int64_t k = k0; k < k0 + group; k += 32) {
@@ -73,9 +73,9 @@ void fill_one(const float* x, int64_t K, int top, int64_t group, RowPlace to) {
 // value's leading one, bf16 values down to 7 octaves below it are exact; what is lost of smaller
 // ones is 2^-7 of what bf16 itself lost of the largest. Three bytes carry 22 bits, for float32.
 template <int LIMBS>
-void fill_split(const float* x, int64_t K, int64_t group, RowPlace to) {
+void fill_split(const float* x, int64_t size, int64_t group, RowPlace to) {
   const int64_t stride = to.block_rows * LIMBS * 8;
-  for (int64_t k0 = 0; k0 < K; k0 += group) {
+  for (int64_t k0 = 0; k0 < size; k0 += group) {
     const float top = largest(x + k0, group);
     // 1.004: a bf16 significand of all ones would need one more bit in the highest byte
     const int exponent = exponent_of(top * 1.004f) - (LIMBS == 2 ? 14 : 21);
@@ -106,13 +106,16 @@ void fill_split(const float* x, int64_t K, int64_t group, RowPlace to) {
 void fill(Input& in, Form form, Activation activation, int64_t first, int64_t last) {
   const int limbs = form == kOne ? 1 : form == kTwo ? 2 : 3;
   const Limbs& to = form == kOne ? in.one : form == kTwo ? in.two : in.three;
-  for (int64_t row = first; row < last; ++row) {
-    const float* x = in.x + row * in.x_stride;
-    const int64_t K = in.num_cols;
-    const RowPlace place = place_of(to, limbs, in.num_rows, row, K);
-    if (form == kOne) fill_one(x, K, activation == Activation::kA4 ? 7 : 127, to.group, place);
-    if (form == kTwo) fill_split<2>(x, K, to.group, place);
-    if (form == kThree) fill_split<3>(x, K, to.group, place);
+  const int64_t size = last - first;
+  for (int64_t row = 0; row < in.num_rows; ++row) {
+    const float* x = in.x + row * in.x_stride + first;
+    RowPlace place = place_of(to, limbs, in.num_rows, row, in.num_cols);
+    place.bytes += first * place.block_rows * limbs;
+    place.scale += first / 32 * place.block_rows;
+    place.total += first / 32 * place.block_rows;
+    if (form == kOne) fill_one(x, size, activation == Activation::kA4 ? 7 : 127, to.group, place);
+    if (form == kTwo) fill_split<2>(x, size, to.group, place);
+    if (form == kThree) fill_split<3>(x, size, to.group, place);
   }
 }
 

@@ -58,7 +58,12 @@ Input& InputStore::reserve(const float* x, int64_t stride, int64_t num_rows, int
 }
 
 void fill_forms(const Kernels& kernels, Input& input, uint32_t forms, Activation activation,
-                int64_t first, int64_t last) {
+                int thread, int num_threads) {
+  // shares of whole groups: 64 columns, the last of them perhaps 32
+  const int64_t groups = (input.num_cols + 63) / 64;
+  const int64_t first = groups * thread / num_threads * 64;
+  int64_t last = groups * (thread + 1) / num_threads * 64;
+  if (last > input.num_cols) last = input.num_cols;
   for (const Form form : {kOne, kTwo, kThree}) {
     if (forms & form) kernels.fill(input, form, activation, first, last);
   }

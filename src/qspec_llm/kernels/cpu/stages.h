@@ -34,8 +34,9 @@ class InputStore {
   std::vector<float> scales_[3];
 };
 
+// Fill forms of an input; `thread` takes its share of the columns.
 void fill_forms(const Kernels& kernels, Input& input, uint32_t forms, Activation activation,
-                int64_t first, int64_t last);
+                int thread, int num_threads);
 
 // out [rows, ld] = x W^T + bias over all parts, side by side. `after(first, last)` is called for
 // each range of columns as soon as it is there.

@@ -179,8 +179,13 @@ const Input& Step::ready(int thread, Stage stage, uint32_t forms, const float* n
                          normed_[owner].data() + row * sizes_.hidden, !sizes_.is_float);
     }
   }
-  fill_forms(*kernels_, input, forms, view_.activation, first, last);
-  if (!has_own_inputs_) pool_->barrier();
+  if (has_own_inputs_) {
+    fill_forms(*kernels_, input, forms, view_.activation, 0, 1);
+  } else {
+    if (norm) pool_->barrier();
+    fill_forms(*kernels_, input, forms, view_.activation, thread, num_threads);
+    pool_->barrier();
+  }
   return input;
 }
 

@@ -1,0 +1,128 @@
+"""Makers and comparisons for the tests of compiled backends."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from qspec_llm.errors import QSpecError
+from qspec_llm.kernels import LayerKV, Rows
+from qspec_llm.weights.pack import pack_nibbles, unpack_nibbles
+from qspec_llm.weights.planes import Dense, Grid, Planes, PlaneSpec, Stored
+from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
+
+VIEWS: dict[str, View] = {
+    "verify": VERIFY,
+    "a16": draft_view(Activation.A16),
+    "a8": draft_view(Activation.A8),
+    "a4": draft_view(Activation.A4),
+}
+
+FORMS = {
+    "signed16": {"bits": 16, "grid": Grid.SIGNED},
+    "signed8": {"bits": 8, "grid": Grid.SIGNED},
+    "signed8_draft8": {"bits": 8, "grid": Grid.SIGNED, "draft_bits": 8},
+    "affine4": {"bits": 4, "grid": Grid.AFFINE},
+    "affine4_offset": {"bits": 4, "grid": Grid.AFFINE, "has_offset": True},
+    "affine4_f16": {
+        "bits": 4, "grid": Grid.AFFINE, "has_offset": True, "scale_dtype": torch.float16
+    },
+    "affine8": {"bits": 8, "grid": Grid.AFFINE, "scale_dtype": torch.float16},
+    "affine8_draft8": {"bits": 8, "grid": Grid.AFFINE, "draft_bits": 8},
+    "affine8_offset": {"bits": 8, "grid": Grid.AFFINE, "has_offset": True},
+}  # fmt: skip
+DENSE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def random_stored(form: str, num_rows: int, num_cols: int, group: int = 32) -> Stored:
+    """A tensor of a form (or of a dense dtype) with equally likely codes and finite weights."""
+    rng = torch.Generator().manual_seed(num_rows * 1000 + num_cols + group)
+    if form in DENSE_TYPES:
+        weight = torch.randn(num_rows, num_cols, generator=rng) * 0.05
+        return Dense(weight.to(DENSE_TYPES[form]), "a test")
+    spec = PlaneSpec(num_rows, num_cols, group=group, **FORMS[form])
+    tensors = {}
+    for name, (shape, dtype) in spec.shapes().items():
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, shape, dtype=dtype, generator=rng)
+        else:
+            tensors[name] = (torch.rand(shape, generator=rng) * 0.02 + 0.005).to(dtype)
+    if spec.bits == 16:  # residuals within an octave of the anchor, and every tenth weight a zero
+        is_zero = torch.rand(num_rows, num_cols, generator=rng) < 0.1
+        high = unpack_nibbles(tensors["r4"], group).flatten(1) % 2 + 12
+        tensors["r4"] = pack_nibbles(high.masked_fill(is_zero, 0), group)
+        tensors["r8"] = tensors["r8"].masked_fill(is_zero, 0)
+    if "offset" in tensors:
+        tensors["offset"] = tensors["offset"] * -8
+    return Planes.from_tensors(spec, tensors)
+
+
+def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Ordinary values with a few heavy tails."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=rng)
+    return torch.where(torch.rand(*shape, generator=rng) < 0.01, x * 20, x).to(dtype)
+
+
+def some_rows(is_prompt: bool = False) -> Rows:
+    """Rows for a linear, which looks at nothing but the kind."""
+    return Rows(*[torch.zeros(1, dtype=torch.int64)] * 5, is_prompt)
+
+
+def ragged_rows(
+    counts: list[int], contexts: list[int], *, block_size: int = 16, is_prompt: bool = False
+) -> tuple[Rows, int]:
+    """The last rows of some sequences whose blocks are shuffled, and the number of blocks."""
+    width = -(-max(contexts) // block_size)
+    num_blocks = width * len(counts) + 1
+    order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(7))
+    tables = order[: width * len(counts)].view(len(counts), width)
+    positions = [torch.arange(c - n, c) for n, c in zip(counts, contexts, strict=True)]
+    slots = [
+        table[at // block_size] * block_size + at % block_size
+        for table, at in zip(tables, positions, strict=True)
+    ]
+    bounds = torch.tensor([0, *counts]).cumsum(0)
+    rows = Rows(
+        torch.cat(positions), torch.cat(slots), bounds, torch.tensor(contexts), tables.contiguous(),
+        is_prompt,
+    )  # fmt: skip
+    return rows, num_blocks
+
+
+def random_cache(
+    num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, block_size: int = 16
+) -> LayerKV:
+    shape = (num_blocks * block_size, num_kv_heads, head_dim)
+    return LayerKV(gaussian(*shape, dtype=dtype), gaussian(*shape, dtype=dtype, seed=1), block_size)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Norm-relative error, measured in float64."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert float(error) <= tolerance, f"relative error {float(error):.2e} > {tolerance:.0e}"
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal dtype, shape and patterns, so that -0.0 is not 0.0."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    if actual.is_floating_point():
+        integer = {2: torch.int16, 4: torch.int32}[actual.itemsize]
+        actual, expected = actual.contiguous().view(integer), expected.contiguous().view(integer)
+    assert torch.equal(actual, expected)
+
+
+@contextmanager
+def refused(*words: object) -> Iterator[None]:
+    """What runs inside raises QSpecError: one line that holds every one of `words`."""
+    with pytest.raises(QSpecError) as caught:
+        yield
+    message = str(caught.value)
+    assert message.strip()
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message, f"{word!r} is not in: {message}"
