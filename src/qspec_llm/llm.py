@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qspec_llm.config import (
-    DEFAULT_GAMMA,
     DEFAULT_GROUP,
     DEFAULT_KV_TOKENS,
     DEFAULT_MAX_BATCH,
@@ -21,7 +20,7 @@ from qspec_llm.engine.runner import Runner
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
 from qspec_llm.kernels import get_backend
-from qspec_llm.kv.blocks import blocks_for
+from qspec_llm.kv.blocks import BLOCK_SIZE, blocks_for
 from qspec_llm.kv.pool import allocate, kv_bytes_per_token
 from qspec_llm.model.config import read_config
 from qspec_llm.model.load import Progress, load_decoder
@@ -80,11 +79,11 @@ class LLM:
             or an alias ("smollm2").
         target: what the output equals: "int4", "int8", "bf16", or "auto" for the checkpoint's own.
         draft: activations of the draft view, "a8", "a4" or "a16".
-        gamma: tokens to draft in each cycle; 0 decodes plainly.
+        gamma: tokens to draft in each cycle; 0 decodes plainly; None takes the target's default.
         group: weights that share one scale (32, 64 or 128), where the checkpoint does not say.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
-        backend: whose kernels run.
+        backend: whose kernels run: "cpu", "reference", or "auto" for the fastest that runs here.
         progress: called with (tensors done, tensors in all) while loading.
 
     Raises:
@@ -97,14 +96,16 @@ class LLM:
         *,
         target: str = "auto",
         draft: str = "a8",
-        gamma: int = DEFAULT_GAMMA,
+        gamma: int | None = None,
         group: int = DEFAULT_GROUP,
         max_batch: int = DEFAULT_MAX_BATCH,
         max_tokens_in_kv: int = DEFAULT_KV_TOKENS,
-        backend: str = "reference",
+        backend: str = "auto",
         progress: Progress | None = None,
     ) -> None:
-        check_gamma(gamma)
+        if gamma is not None:
+            check_gamma(gamma)
+        self.model = model
         path = resolve_model(model)
         checkpoint = open_checkpoint(path)
         self.config = EngineConfig(
@@ -116,17 +117,19 @@ class LLM:
             max_tokens_in_kv=max_tokens_in_kv,
             backend=backend,
         )
+        self._num_blocks = blocks_for(max_tokens_in_kv)
         self.model_config = read_config(checkpoint)
         self.tokenizer = HFTokenizer(path)
         self.decoder = load_decoder(
             checkpoint,
             self.model_config,
             self.config.recipe,
-            get_backend(backend),
-            num_positions=min(self.model_config.context_length, max_tokens_in_kv),
+            get_backend(self.config.backend),
+            num_positions=min(self.model_config.context_length, self._num_blocks * BLOCK_SIZE),
             progress=progress,
         )
-        self.engine = self.new_engine(gamma)
+        assert self.config.gamma is not None
+        self.engine = self.new_engine(self.config.gamma)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -135,8 +138,7 @@ class LLM:
 
     def new_engine(self, gamma: int) -> Engine:
         """Another engine over the same weights, with a KV cache of its own."""
-        num_blocks = blocks_for(self.config.max_tokens_in_kv)
-        kv = allocate(self.model_config, num_blocks, self.decoder.dtype)
+        kv = allocate(self.model_config, self._num_blocks, self.decoder.dtype)
         return Engine(
             Runner(self.decoder, kv),
             self.tokenizer,
@@ -180,7 +182,7 @@ class LLM:
             while self.engine.has_work:
                 self.engine.step()
         except BaseException:
-            self._abort(requests)
+            _abort(self.engine, requests)
             raise
         return [
             RequestOutput(
@@ -216,7 +218,7 @@ class LLM:
             while not requests[0].is_finished:
                 yield from self.engine.step()
         finally:
-            self._abort([requests])
+            _abort(self.engine, [requests])
 
     def submit(
         self,
@@ -235,13 +237,14 @@ class LLM:
                     seed = group[0].seed if group else None
                     group.append(engine.add(prompt, params, gamma=gamma, sample=index, seed=seed))
         except QSpecError:
-            self._abort(requests)
+            _abort(engine, requests)
             raise
         return requests
 
-    def _abort(self, requests: Sequence[Sequence[Request]]) -> None:
-        for request in (one for group in requests for one in group):
-            self.engine.abort(request.request_id)
+
+def _abort(engine: Engine, requests: Sequence[Sequence[Request]]) -> None:
+    for request in (one for group in requests for one in group):
+        engine.abort(request.request_id)
 
 
 def _output(request: Request) -> CompletionOutput:

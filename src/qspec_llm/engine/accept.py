@@ -128,7 +128,7 @@ def _logprobs(
     if num_top is None:
         return ()
     table = torch.log_softmax(logits[: len(tokens)].double(), dim=-1)
-    top = table.topk(num_top, dim=-1)
+    top = table.topk(min(num_top, table.shape[-1]), dim=-1)
     return tuple(
         TokenLogprobs(
             token, float(table[row, token]), tuple(zip(ids.tolist(), values.tolist(), strict=True))

@@ -17,7 +17,7 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.kv.blocks import BLOCK_SIZE, BlockAllocator
 from qspec_llm.weights.view import VERIFY, View
 
-__all__ = ["MAX_GAMMA", "Engine", "StepSeconds"]
+__all__ = ["MAX_GAMMA", "Engine", "StepSeconds", "check_gamma"]
 
 MAX_GAMMA = 16  # tokens drafted in a cycle
 MAX_ROWS = 512  # rows computed in a step: a longer prompt is processed in chunks
@@ -98,10 +98,12 @@ class Engine:
         config = self._runner.decoder.config
         if not prompt:
             raise QSpecError("the prompt is empty; it needs at least one token")
-        if not (min(prompt) >= 0 and max(prompt) < config.vocab_size):
-            raise QSpecError(
-                f"the prompt has a token outside the vocabulary of {config.vocab_size}"
-            )
+        for what, tokens in (("the prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
+            for token in tokens:
+                if not 0 <= token < config.vocab_size:
+                    raise QSpecError(
+                        f"{what} has token {token}, outside the vocabulary of {config.vocab_size}"
+                    )
         for limit, what in (
             (config.context_length, "the model's context"),
             (self._cache_tokens, "the KV cache"),
@@ -162,6 +164,6 @@ def check_gamma(gamma: int) -> int:
     Raises:
         QSpecError: it is not.
     """
-    if not 0 <= gamma <= MAX_GAMMA:
-        raise QSpecError(f"gamma is {gamma}; it must be between 0 and {MAX_GAMMA}")
+    if type(gamma) is not int or not 0 <= gamma <= MAX_GAMMA:
+        raise QSpecError(f"gamma is {gamma!r}; it must be between 0 and {MAX_GAMMA}")
     return gamma

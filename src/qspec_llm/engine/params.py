@@ -1,10 +1,28 @@
 """What a caller may ask of one request."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from qspec_llm.errors import QSpecError
 
 __all__ = ["SamplingParams"]
+
+# option: (kind, least, most)
+LIMITS: dict[str, tuple[type, float, float | None]] = {
+    "max_tokens": (int, 1, None),
+    "min_tokens": (int, 0, None),
+    "temperature": (float, 0, 100),
+    "top_p": (float, 0, 1),
+    "top_k": (int, 0, None),
+    "min_p": (float, 0, 1),
+    "seed": (int, -(2**63), 2**64 - 1),
+    "logprobs": (int, 0, 20),
+    "repetition_penalty": (float, 0, 100),
+    "presence_penalty": (float, -2, 2),
+    "frequency_penalty": (float, -2, 2),
+    "n": (int, 1, 64),
+}
+OPTIONAL = ("seed", "logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +69,13 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        limits = {
-            "max_tokens": (1, None),
-            "min_tokens": (0, self.max_tokens),
-            "temperature": (0, None),
-            "top_k": (0, None),
-            "min_p": (0, 1),
-            "logprobs": (0, 20),
-            "presence_penalty": (-2, 2),
-            "frequency_penalty": (-2, 2),
-            "n": (1, 64),
-            "seed": (-(2**63), 2**64 - 1),
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not (low <= value and (high is None or value <= high)):
-                bound = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise QSpecError(f"{name} is {value}; it must be {bound}")
-        if not 0 < self.top_p <= 1:
-            raise QSpecError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not self.repetition_penalty > 0:
-            raise QSpecError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        for name, (kind, low, high) in LIMITS.items():
+            _check(name, getattr(self, name), kind, low, high)
+        if self.min_tokens > self.max_tokens:
+            raise QSpecError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise QSpecError(f"{name} is {getattr(self, name)}; it must be above 0")
         if "" in stop:
             raise QSpecError("an empty stop string would stop before the first token")
 
@@ -89,3 +93,14 @@ class SamplingParams:
     def names(cls) -> list[str]:
         """The names of all options."""
         return [field.name for field in fields(cls)]
+
+
+def _check(name: str, value: Any, kind: type, low: float, high: float | None) -> None:
+    """Refuse a value of another kind or outside its limits; NaN is outside any."""
+    if value is None and name in OPTIONAL:
+        return
+    is_kind = type(value) is int or (kind is float and type(value) is float)
+    if not is_kind or not low <= value or (high is not None and value > high):
+        article = "a whole number" if kind is int else "a number"
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise QSpecError(f"{name} is {value!r}; it must be {article} {bound}")

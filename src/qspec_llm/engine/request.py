@@ -53,6 +53,7 @@ class Request:
     text: TextStream
 
     output: list[int] = field(default_factory=list)
+    is_drafted: list[bool] = field(default_factory=list)  # of each output token: an accepted draft
     committed: int = 0
     blocks: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -87,9 +88,10 @@ class Request:
             return self.output[start - num_prompt : stop - num_prompt]
         return [*self.prompt[start:], *self.output[: stop - num_prompt]]
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, *, is_drafted: bool = False) -> None:
         """Add one generated token and finish the request if it is the last."""
         self.output.append(token)
+        self.is_drafted.append(is_drafted)
         can_stop = len(self.output) >= self.params.min_tokens
         is_end = token in self.stop_ids and can_stop
         if is_end or self.text.push(token, can_stop=can_stop):

@@ -57,7 +57,9 @@ def _penalise(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tenso
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution to draw from at a temperature above 0: logits [L, V] to [L, V] float32."""
-    probs = torch.softmax(logits.float() / params.temperature, dim=-1)
+    # the largest becomes 0, so that no temperature is too small to divide by
+    centred = logits.float() - logits.amax(-1, keepdim=True)
+    probs = torch.softmax(centred / params.temperature, dim=-1)
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0)
     if 0 < params.top_k < probs.shape[-1]:

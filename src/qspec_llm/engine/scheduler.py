@@ -116,8 +116,8 @@ class Scheduler:
             if not outcome.tokens:
                 continue
             num_before = len(request.output)
-            for token in outcome.tokens:
-                request.append(token)
+            for index, token in enumerate(outcome.tokens):
+                request.append(token, is_drafted=index < outcome.num_accepted)
                 if request.is_finished:
                     break
             num_kept = len(request.output) - num_before

@@ -23,7 +23,7 @@ class TextStream:
 
     A token's text depends on those before it, so each decode starts a few tokens back, at the last
     point where the text was whole, and takes what is new. Characters cut in the middle wait for
-    their other bytes. Text that may be the beginning of a stop string is held back by `ready`.
+    their other bytes. Text that may be the beginning of a stop string is held back by `take`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
@@ -32,11 +32,17 @@ class TextStream:
         self._context = 0  # first token of the decoding window
         self._whole = 0  # tokens whose text is in `text`
         self.text = ""
-        self._num_taken = 0
+        self.ends: list[int] = []  # length of `text` after each token
+        self.num_taken = 0
 
     def push(self, token: int, *, can_stop: bool = True) -> bool:
         """Add a token; True if a stop string appeared, which is then cut off with all after it."""
         self._tokens.append(token)
+        is_stopped = self._advance(can_stop)
+        self.ends.append(len(self.text))
+        return is_stopped
+
+    def _advance(self, can_stop: bool) -> bool:
         before = self._tokenizer.decode(self._tokens[self._context : self._whole])
         now = self._tokenizer.decode(self._tokens[self._context :])
         if len(now) <= len(before) or now.endswith(REPLACEMENT):
@@ -66,8 +72,8 @@ class TextStream:
         end = len(self.text)
         if not is_final:
             end -= max((_overlap(self.text, stop) for stop in self._stop), default=0)
-        new = self.text[self._num_taken : max(end, self._num_taken)]
-        self._num_taken += len(new)
+        new = self.text[self.num_taken : max(end, self.num_taken)]
+        self.num_taken += len(new)
         return new
 
 

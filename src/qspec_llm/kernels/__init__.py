@@ -8,6 +8,7 @@ and `rows.is_prompt`, never on how many other rows are computed with it or which
 speculative output equal to plain output bit for bit.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,16 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.view import View
 
-__all__ = ["BACKENDS", "Backend", "Forward", "LayerKV", "Packed", "Rows", "get_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Forward",
+    "LayerKV",
+    "Packed",
+    "Rows",
+    "available_backends",
+    "get_backend",
+]
 
 # A stored tensor in the arrangement that one backend reads; only that backend looks inside.
 Packed: TypeAlias = Any
@@ -117,6 +127,16 @@ class Backend(Protocol):
 
 
 BACKENDS = ("reference", "cpu")
+
+
+def available_backends() -> tuple[str, ...]:
+    """Backends that run on this machine, the fastest first."""
+    found = []
+    for name in reversed(BACKENDS):
+        with contextlib.suppress(QSpecError):
+            get_backend(name)
+            found.append(name)
+    return tuple(found)
 
 
 def get_backend(name: str) -> Backend:

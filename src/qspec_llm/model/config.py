@@ -4,7 +4,7 @@ Knows the names that other projects give to these numbers; nothing else in `mode
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from qspec_llm.errors import QSpecError
@@ -57,9 +57,15 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and value <= 0:
-                raise QSpecError(f"the model's {name} is {value}, which is not a positive number")
+        for field in fields(self):
+            if field.type not in (int, float):
+                continue
+            value: Any = getattr(self, field.name)
+            if type(value) is not field.type or not value > 0:
+                kind = field.type.__name__
+                raise QSpecError(f"the model's {field.name} is {value!r}, not a positive {kind}")
+        if not all(type(token) is int for token in self.eos_token_ids):
+            raise QSpecError(f"the model's end tokens are {self.eos_token_ids}, not token ids")
         if self.num_heads % self.num_kv_heads:
             raise QSpecError(
                 f"{self.num_heads} attention heads do not divide among {self.num_kv_heads} KV heads"
@@ -84,11 +90,11 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Undo `to_dict`."""
-        fields = dict(values)
-        if fields.get("rope_scaling") is not None:
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
-        return cls(**fields)
+        given = dict(values)
+        if given.get("rope_scaling") is not None:
+            given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
+        given["eos_token_ids"] = tuple(given.get("eos_token_ids", ()))
+        return cls(**given)
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -103,7 +109,9 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
         return readers[checkpoint.kind](checkpoint)
     except KeyError as error:
         raise QSpecError(f"the configuration of {checkpoint.path} lacks {error}") from None
-    except TypeError as error:
+    except QSpecError:
+        raise
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise QSpecError(f"the configuration of {checkpoint.path} is damaged: {error}") from None
 
 

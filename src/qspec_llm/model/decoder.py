@@ -33,6 +33,7 @@ class Decoder:
     head: Linear
     cos: Tensor
     sin: Tensor
+    stored_bytes: int  # of the model's tensors, each counted once as it was read
 
     def forward(
         self,

@@ -142,7 +142,9 @@ def load_decoder(
     layers = tuple(reader.layer(f"model.layers.{i}.") for i in range(config.num_layers))
     factors = reader.vector(ROPE_FACTORS).float() if reader.has_rest() else None
     cos, sin = rope_table(config, num_positions, factors)
-    return Decoder(config, ops, dtype, embedding, layers, final_norm, head, cos, sin)
+    return Decoder(
+        config, ops, dtype, embedding, layers, final_norm, head, cos, sin, reader.num_bytes
+    )
 
 
 class _Reader:
@@ -157,6 +159,7 @@ class _Reader:
     ) -> None:
         self._tensors, self._ops, self._progress = tensors, ops, progress
         self._waiting: dict[str, Stored] = {}
+        self.num_bytes = 0
         self._num_read, self._num_all = 0, len(expected_shapes(config))
         self._family = config.family
 
@@ -166,13 +169,16 @@ class _Reader:
             found, stored = next(self._tensors)
             self._waiting[found] = stored
             self._num_read += 1
+            self.num_bytes += stored.nbytes
             if self._progress:
                 self._progress(self._num_read, self._num_all)
         return self._waiting.pop(name)
 
     def has_rest(self) -> bool:
         """Whether a tensor is left (the optional RoPE factors come last)."""
-        self._waiting.update(self._tensors)
+        for found, stored in self._tensors:
+            self._waiting[found] = stored
+            self.num_bytes += stored.nbytes
         return bool(self._waiting)
 
     def vector(self, name: str) -> Tensor:

@@ -69,13 +69,13 @@ def nest(weight: Tensor, recipe: Recipe, *, is_vocabulary: bool = False) -> Stor
     that the format cannot hold exactly comes back dense with the reason.
     """
     sizes = [g for g in GROUPS if g <= recipe.group and weight.shape[1] % g == 0]
-    weight = weight.to(torch.bfloat16)
+    original, weight = weight, weight.to(torch.bfloat16)
+    if not torch.isfinite(weight).all():
+        return Dense(original, "it holds inf or NaN, or a value that is infinite in bf16")
     if not sizes:
         return Dense(weight, f"{weight.shape[1]} columns do not divide into groups of {GROUPS[0]}")
     group = sizes[-1]
     try:
-        if not torch.isfinite(weight).all():
-            raise _Unrepresentable("it holds inf or NaN")
         if recipe.target is Target.BF16:
             return nest_signed16(weight, group, recipe.clip_steps)
         if recipe.target is Target.INT8 or is_vocabulary:
@@ -138,8 +138,8 @@ def nest_signed8(weight: Tensor, group: int, draft_bits: int = 4) -> Planes:
 
 def _signed8_block(grouped: Tensor, group: int) -> dict[str, Tensor]:
     magnitude = grouped.abs().float()
-    scale = _up_to_bf16(magnitude.amax(-1) / SIGNED_TOP)
-    value = torch.round(grouped.float() * 16 / scale.float()[..., None]).to(torch.int16)
+    scale = _up_to_bf16(_checked(magnitude.amax(-1) / SIGNED_TOP))
+    value = torch.round(grouped.float() / (scale.float()[..., None] / 16)).to(torch.int16)
     value.clamp_(-120, 119)
     level = (value + 8) >> 4  # v in -7..7
     is_negative = (level < 0) | ((level == 0) & (grouped.view(torch.int16) < 0))
@@ -159,7 +159,8 @@ def nest_affine(weight: Tensor, group: int, clip_steps: int = 1) -> Planes:
 
 def _affine_block(grouped: Tensor, group: int, clip_steps: int) -> dict[str, Tensor]:
     values = grouped.float()
-    scale = _clip_search(values, values.abs().amax(-1) / 7.5, clip_steps, _symmetric_value)
+    start = _checked(values.abs().amax(-1) / 7.5)
+    scale = _clip_search(values, start, clip_steps, _symmetric_value)
     level = _symmetric_level(values, scale.float()[..., None])
     return {"q4": _pack((level + 8).to(torch.uint8), group), "scale": scale}
 
@@ -193,6 +194,13 @@ def _clip_search(values: Tensor, start: Tensor, steps: int, draft: _Draft) -> Te
         best = torch.where(is_better, scale, best)
         best_error = torch.where(is_better, error, best_error)
     return best
+
+
+def _checked(scale: Tensor) -> Tensor:
+    """`scale` itself, refused where it would have to be larger than a scale can be."""
+    if (scale > SCALE_MAX).any():
+        raise _Unrepresentable(f"a weight is too large for a scale of at most {SCALE_MAX:g}")
+    return scale
 
 
 def _in_range(scale: Tensor) -> Tensor:

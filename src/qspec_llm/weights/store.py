@@ -12,12 +12,11 @@ renamed at the end, so a directory with an index is a whole checkpoint.
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,7 +59,10 @@ def write(
         raise QSpecError(f"{path} exists already; choose a new directory")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise QSpecError(f"{partial} cannot be created: {error.strerror}") from None
     try:
         records = _write_shards(partial, tensors, shard_bytes)
         index = {
@@ -108,6 +110,34 @@ def _named(name: str, stored: Stored) -> dict[str, Tensor]:
     return {f"{name}#{plane}": t.contiguous() for plane, t in stored.tensors().items()}
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What the index says of one tensor: a spec, or the dtype and reason of a dense one."""
+
+    file: str
+    spec: PlaneSpec | None
+    dtype: str = ""
+    reason: str = ""
+
+    def planes(self, name: str) -> dict[str, tuple[int, ...] | None]:
+        """Entries of the safetensors file, with their shapes where the index knows them."""
+        if self.spec is None:
+            return {name: None}
+        return {f"{name}#{plane}": shape for plane, (shape, _) in self.spec.shapes().items()}
+
+
+def _parse(record: dict[str, Any]) -> _Record:
+    fields = dict(record)
+    file, kind = str(fields.pop("file")), fields.pop("kind")
+    if kind == "dense":
+        return _Record(file, None, str(fields["dtype"]), str(fields["reason"]))
+    if kind != "nested":
+        raise ValueError(f"unknown kind {kind!r}")
+    dtype = getattr(torch, fields.pop("scale_dtype"))
+    grid = Grid(fields.pop("grid"))
+    return _Record(file, PlaneSpec(**fields, grid=grid, scale_dtype=dtype))
+
+
 class NestedCheckpoint:
     """Reads what `write` wrote."""
 
@@ -123,12 +153,39 @@ class NestedCheckpoint:
             )
         try:
             self.target = Target(index["target"])
-            self.metadata: Metadata = index["model"]
-            self._records: dict[str, Any] = index["tensors"]
-            files = sorted({str(record["file"]) for record in self._records.values()})
+            self.metadata: Metadata = dict(index["model"])
+            self._records = {
+                name: self._parse(name, record) for name, record in index["tensors"].items()
+            }
+        except QSpecError:
+            raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise QSpecError(f"{path / INDEX_NAME} is damaged: {error!r}") from None
-        self._files = {name: open_safetensors(path / name) for name in files}
+        names = sorted({record.file for record in self._records.values()})
+        self._files = {name: open_safetensors(path / name) for name in names}
+        self._check_planes()
+
+    def _parse(self, name: str, record: dict[str, Any]) -> _Record:
+        try:
+            return _parse(record)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise QSpecError(
+                f"tensor {name!r} of {self.path} is damaged in {INDEX_NAME}: {error!r}"
+            ) from None
+
+    def _check_planes(self) -> None:
+        """Every plane that the index promises is in its file, in its shape."""
+        held = {name: set(file.keys()) for name, file in self._files.items()}
+        for name, record in self._records.items():
+            for plane, shape in record.planes(name).items():
+                found = plane in held[record.file] and tuple(
+                    self._files[record.file].get_slice(plane).get_shape()
+                )
+                if not found or shape not in (None, found):
+                    raise QSpecError(
+                        f"tensor {name!r} of {self.path} is damaged: {record.file} holds {plane!r} "
+                        f"as {found or 'nothing'}"
+                    )
 
     def names(self) -> list[str]:
         """The names of all tensors."""
@@ -137,14 +194,14 @@ class NestedCheckpoint:
     def type_name(self, name: str) -> str:
         """ "nested" or the dtype of a dense tensor."""
         record = self._record(name)
-        return str(record["dtype"] if record["kind"] == "dense" else record["kind"])
+        return "nested" if record.spec is not None else record.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         record = self._record(name)
-        if record["kind"] == "nested":
-            return record["num_rows"], record["num_cols"]
-        return tuple(self._files[record["file"]].get_slice(name).get_shape())
+        if record.spec is not None:
+            return record.spec.num_rows, record.spec.num_cols
+        return tuple(self._files[record.file].get_slice(name).get_shape())
 
     def read(self, name: str, target: Target) -> Stored:
         """One tensor as stored."""
@@ -153,21 +210,17 @@ class NestedCheckpoint:
                 f"{self.path} was nested for target {self.target.value!r}, not {target.value!r}; "
                 "nest the original again"
             )
-        record = dict(self._record(name))
-        file = self._files[record.pop("file")]
+        record = self._record(name)
+        file = self._files[record.file]
+        if record.spec is None:
+            return Dense(file.get_tensor(name), record.reason)
+        tensors = {plane: file.get_tensor(f"{name}#{plane}") for plane in record.spec.shapes()}
         try:
-            if record.pop("kind") == "dense":
-                return Dense(file.get_tensor(name), record["reason"])
-            record["scale_dtype"] = getattr(torch, record["scale_dtype"])
-            spec = PlaneSpec(**{**record, "grid": Grid(record["grid"])})
-            return Planes.from_tensors(
-                spec, {plane: file.get_tensor(f"{name}#{plane}") for plane in spec.shapes()}
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            return Planes.from_tensors(record.spec, tensors)
+        except QSpecError as error:  # a plane of another dtype
             raise QSpecError(f"tensor {name!r} of {self.path} is damaged: {error}") from None
 
-    def _record(self, name: str) -> Metadata:
+    def _record(self, name: str) -> _Record:
         if name not in self._records:
             raise QSpecError(f"{self.path} has no tensor {name!r}")
-        record: Metadata = self._records[name]
-        return record
+        return self._records[name]

@@ -15,6 +15,7 @@ from qspec_llm.weights.view import Activation, View
 
 __all__ = [
     "ACTIVATION_CODES",
+    "ACTIVATION_TYPES",
     "attention",
     "buffers",
     "check_head_dim",

@@ -17,7 +17,7 @@ from torch import Tensor
 from qspec_llm.errors import QSpecError
 from qspec_llm.weights.checkpoint.base import Metadata
 from qspec_llm.weights.planes import Grid, Planes, PlaneSpec, Stored
-from qspec_llm.weights.quantize import Target, draft_bits, nest_signed8
+from qspec_llm.weights.quantize import Recipe, Target, draft_bits, nest
 
 __all__ = ["GGUFCheckpoint"]
 
@@ -79,7 +79,7 @@ class GGUFCheckpoint:
                 if not key.startswith("tokenizer.ggml.") or key.endswith("_id")
             }
         except UNREADABLE as error:
-            raise QSpecError(f"{path} is not a readable GGUF file: {error}") from None
+            raise QSpecError(f"{path} is truncated or not a readable GGUF file: {error}") from None
         self._tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
         end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
         if end > path.stat().st_size:
@@ -117,7 +117,7 @@ class GGUFCheckpoint:
         weight = weight if order is None else weight[order]
         if target is Target.INT4 and type_name in QUANTISED_TYPES:
             # 5- and 6-bit types, and K-quants with their two-level scales, keep their precision.
-            return nest_signed8(weight.to(torch.bfloat16), BLOCK, draft_bits(target))
+            return nest(weight, Recipe(target, group=BLOCK), is_vocabulary=True)
         return weight
 
     def _tensor(self, name: str) -> Any:
@@ -149,7 +149,9 @@ def _dequantise(type_name: str, data: np.ndarray[Any, Any]) -> Tensor:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    return torch.from_numpy(dequantize(data, GGMLQuantizationType[type_name]))
+    # a scale of inf or NaN is `nest`'s to refuse
+    with np.errstate(invalid="ignore", over="ignore"):
+        return torch.from_numpy(dequantize(data, GGMLQuantizationType[type_name]))
 
 
 def _import_blocks(type_name: str, data: np.ndarray[Any, Any], draft_bits: int) -> Planes | None:

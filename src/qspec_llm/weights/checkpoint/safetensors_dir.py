@@ -33,6 +33,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _files(path: Path) -> list[str]:
+    """Names of the weight files: those in the index where there is one, else all."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(file.name for file in path.glob("*.safetensors"))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise QSpecError(f"{index} has no weight_map, so it does not say where tensors are")
+    return sorted({str(name) for name in weight_map.values()})
+
+
 def open_safetensors(path: Path) -> Any:
     """Open one .safetensors file for reading single tensors.
 
@@ -55,19 +66,15 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: Metadata = read_json(path / "config.json")
-        if "quantization_config" in self.metadata:
-            method = self.metadata["quantization_config"].get("quant_method", "unknown")
+        if (quantization := self.metadata.get("quantization_config")) is not None:
+            is_record = isinstance(quantization, dict)
+            method = quantization.get("quant_method") if is_record else quantization
             raise QSpecError(
                 f"{path} is quantised with {method!r}, which cannot be imported yet; "
                 "give the original checkpoint or a GGUF file"
             )
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            files = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
-        else:
-            files = sorted(file.name for file in path.glob("*.safetensors"))
         self._where: dict[str, Any] = {}
-        for file in files:
+        for file in _files(path):
             opened = open_safetensors(path / file)
             self._where.update(dict.fromkeys(opened.keys(), opened))
 

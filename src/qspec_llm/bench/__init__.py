@@ -1,0 +1,1 @@
+"""Measurements: kernels, steps, whole generations. Correct first, then fast, always interleaved."""

@@ -1,0 +1,64 @@
+"""End-to-end decoding: plain against speculative, every target, with an A/A control."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qspec_llm.bench.measure import run_in_turn
+from qspec_llm.engine.engine import Engine
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.request import Request
+from qspec_llm.llm import LLM
+
+__all__ = ["TargetResult", "decode"]
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """One target's figures.
+
+    `aa_ratio` is plain decoding against plain decoding in the same run: how far from 1 noise alone
+    may take a ratio.
+    """
+
+    plain_tokens_per_second: float
+    speculative_tokens_per_second: float
+    acceptance_rate: float | None
+    identical: bool
+    aa_ratio: float
+
+    @property
+    def speedup(self) -> float:
+        """Speculative over plain."""
+        return self.speculative_tokens_per_second / self.plain_tokens_per_second
+
+
+def decode(
+    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, gamma: int
+) -> TargetResult:
+    """Generate the same prompts plainly, plainly again, and with drafts, step by step in turn.
+
+    Args:
+        llm: a loaded model; its weights are shared, each run has a KV cache of its own.
+        prompts: token ids.
+        params: sampling options.
+        gamma: tokens drafted in each cycle of the speculative run.
+    """
+    engines = [llm.new_engine(0), llm.new_engine(0), llm.new_engine(gamma)]
+    requests = [[group[0] for group in llm.submit(engine, prompts, params)] for engine in engines]
+    run_in_turn(engines)
+    plain, again, drafted = (
+        _tokens_per_second(engine, group) for engine, group in zip(engines, requests, strict=True)
+    )
+    num_tested = sum(request.num_tested for request in requests[2])
+    num_accepted = sum(request.num_accepted for request in requests[2])
+    return TargetResult(
+        plain_tokens_per_second=plain,
+        speculative_tokens_per_second=drafted,
+        acceptance_rate=num_accepted / num_tested if num_tested else None,
+        identical=[r.output for r in requests[0]] == [r.output for r in requests[2]],
+        aa_ratio=again / plain,
+    )
+
+
+def _tokens_per_second(engine: Engine, requests: Sequence[Request]) -> float:
+    return sum(len(request.output) for request in requests) / engine.seconds.total

@@ -1,0 +1,52 @@
+"""Timing that can be believed on a noisy machine.
+
+What is compared runs in turn, A B C A B C ..., so that drift hits all alike; the median of the
+rounds counts. Absolute times belong to the machine and the moment; ratios within one run travel.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
+from qspec_llm.engine.emit import Emission
+from qspec_llm.engine.engine import Engine
+
+__all__ = ["Advance", "interleaved", "run_in_turn"]
+
+_Key = TypeVar("_Key", bound=Hashable)
+Advance = Callable[[], None]  # called after every timed call, for a progress bar
+
+WARM_UP_ROUNDS = 1
+
+
+def interleaved(
+    cases: Mapping[_Key, Callable[[], object]], rounds: int, advance: Advance | None = None
+) -> dict[_Key, float]:
+    """Median seconds of each case over `rounds` rounds of all of them, after a warm-up round."""
+    seconds: dict[_Key, list[float]] = {key: [] for key in cases}
+    for index in range(WARM_UP_ROUNDS + rounds):
+        for key, call in cases.items():
+            started = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - started
+            if index >= WARM_UP_ROUNDS:
+                seconds[key].append(elapsed)
+            if advance is not None:
+                advance()
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def run_in_turn(
+    engines: Sequence[Engine], on_emit: Callable[[Engine, list[Emission]], None] | None = None
+) -> None:
+    """Step engines until all are done; whichever has used the least time so far goes next.
+
+    Their times, `Engine.seconds`, are then comparable: each step had the machine to itself, and
+    slow moments of the machine were shared out.
+    """
+    while waiting := [engine for engine in engines if engine.has_work]:
+        engine = min(waiting, key=lambda one: one.seconds.total)
+        emissions = engine.step()
+        if on_emit is not None:
+            on_emit(engine, emissions)

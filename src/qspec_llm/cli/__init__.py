@@ -1,0 +1,192 @@
+"""The command line: `qspec generate | chat | inspect | collect-env`.
+
+Parses options and reports errors; each command is a module that is imported when it is used.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qspec_llm.errors import QSpecError
+from qspec_llm.version import __version__
+
+__all__ = ["main"]
+
+# bench.shapes has their sizes; naming them here keeps `--help` from importing torch
+SHAPE_NAMES = ("smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "llama-3-8b", "qwen2.5-32b")
+MODEL_HELP = "directory of safetensors, .gguf file, hub id, or alias (smollm2)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, 2 for what the caller can mend, or 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    command = importlib.import_module(f"qspec_llm.cli.{args.module}")
+    try:
+        command.run(args)
+        sys.stdout.flush()
+    except QSpecError as error:
+        print(f"qspec: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qspec: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader (`| head`) has gone: nothing is left to say, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qspec",
+        allow_abbrev=False,
+        description="Lossless self-speculative decoding: one stored model, read at two precisions.",
+    )
+    parser.add_argument("--version", action="version", version=f"qspec {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = _command(commands, "generate", "complete one prompt or a file of prompts")
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    prompts.add_argument(
+        "--prompt-file", metavar="FILE", help='JSON Lines, {"prompt": ...} each, run as one batch'
+    )
+    _add_model_options(generate)
+    _add_sampling_options(generate)
+    generate.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    generate.add_argument(
+        "--compare", action="store_true", help="also decode plainly, interleaved, and compare"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+    chat = _command(commands, "chat", "talk to a model in the terminal")
+    _add_model_options(chat)
+    _add_sampling_options(chat)
+    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+
+    inspect = _command(commands, "inspect", "show how a model would be stored")
+    inspect.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_target_options(inspect)
+    inspect.add_argument("--all", action="store_true", help="every tensor, not one line for layers")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+    _add_bench(commands)
+
+    env = _command(commands, "collect-env", "describe this machine, for bug reports")
+    env.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    bench = _command(commands, "bench", "measure what speculation costs and gains on this machine")
+    kinds = bench.add_subparsers(required=True, metavar="KIND", dest="bench")
+
+    text = "cost of draft and verify steps, and the speed-up they allow"
+    steps = kinds.add_parser("steps", help=text, description=text, allow_abbrev=False)
+    steps.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    steps.add_argument("--shape", choices=sorted(SHAPE_NAMES), help="random weights of that shape")
+    steps.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 5, 8, 12, 16])
+    steps.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
+    steps.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
+
+    text = "tokens per second, plain and speculative, for every target"
+    decode = kinds.add_parser("decode", help=text, description=text, allow_abbrev=False)
+    decode.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    decode.add_argument(
+        "--prompt-file", required=True, metavar="FILE", help="JSON Lines of prompts"
+    )
+    decode.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    decode.add_argument("--gamma", type=int, default=2, metavar="N")
+    decode.add_argument("--max-batch", type=int, default=1, metavar="N")
+
+    for parser in (steps, decode):
+        parser.add_argument(
+            "--targets",
+            nargs="+",
+            default=["int4", "int8", "bf16"],
+            choices=("int4", "int8", "bf16"),
+        )
+        parser.add_argument("--draft", default="a8", choices=("a8", "a4", "a16"))
+        parser.add_argument("--group", type=int, default=32, metavar="G")
+        parser.add_argument("--backend", default="auto")
+        parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _command(
+    commands: "argparse._SubParsersAction[_Parser]", name: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(module=name.replace("-", "_"))
+    return parser
+
+
+def _add_target_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target",
+        default="auto",
+        choices=("auto", "int4", "int8", "bf16"),
+        help="what the output equals; auto is the precision of the checkpoint (default: auto)",
+    )
+    parser.add_argument(
+        "--group",
+        type=int,
+        default=32,
+        metavar="G",
+        help="weights that share one scale: 32, 64 or 128 (default: %(default)s)",
+    )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_target_options(parser)
+    parser.add_argument(
+        "--draft",
+        default="a8",
+        choices=("a8", "a4", "a16"),
+        help="activations of the draft view (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gamma",
+        type=int,
+        metavar="N",
+        help="tokens drafted in each cycle, 0 to decode plainly (default: 0 for int4, else 2)",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="whose kernels run: cpu, reference; auto is the fastest here (default: auto)",
+    )
+    parser.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="prompts that run at once"
+    )
+    parser.add_argument(
+        "--max-tokens-in-kv", type=int, default=16384, metavar="N", help="tokens the KV cache holds"
+    )
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the most likely token (default: %(default)s)",
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    parser.add_argument("--seed", type=int, metavar="S", help="same seed, same text")

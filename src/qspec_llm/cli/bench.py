@@ -1,0 +1,182 @@
+"""`qspec bench`: what steps and whole generations cost on this machine."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import torch
+
+from qspec_llm.bench import decode, shapes, steps
+from qspec_llm.cli.common import progress_bar, read_prompt_file
+from qspec_llm.config import EngineConfig
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.errors import QSpecError
+from qspec_llm.hub import resolve_model
+from qspec_llm.kernels import get_backend
+from qspec_llm.llm import LLM
+from qspec_llm.model.config import ModelConfig, read_config
+from qspec_llm.model.decoder import Decoder
+from qspec_llm.model.load import load_decoder
+from qspec_llm.weights.checkpoint import Checkpoint, open_checkpoint
+from qspec_llm.weights.quantize import Target
+from qspec_llm.weights.view import Activation
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `qspec bench steps` or `qspec bench decode`."""
+    report = {"steps": _steps, "decode": _decode}[args.bench](args)
+    if args.json:
+        print(json.dumps(report))
+
+
+def _steps(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.model is None) == (args.shape is None):
+        raise QSpecError("give either a MODEL or --shape, so that one model is measured")
+    checkpoint: Checkpoint = (
+        shapes.RandomCheckpoint(args.shape)
+        if args.shape
+        else open_checkpoint(resolve_model(args.model))
+    )
+    config = read_config(checkpoint)
+    contexts = _contexts(args.contexts, config)
+    decoders = _load_targets(args, checkpoint, config, contexts[-1] + max(args.rows))
+    draft = Activation(args.draft)
+    num_cases = len(decoders) * len(contexts) * (1 + len(args.rows))
+    with progress_bar() as bar:
+        total = num_cases * (args.rounds + 1)
+        task = bar.add_task("steps", total=total)
+        costs = steps.step_costs(
+            decoders, draft, args.rows, contexts, args.rounds, lambda: bar.advance(task)
+        )
+    report = {
+        "backend": args.backend,
+        "model": args.shape or args.model,
+        "threads": torch.get_num_threads(),
+        "steps": [
+            {
+                "view": "draft" if case.view.is_draft else "verify",
+                "target": case.target,
+                "draft": draft.value if case.view.is_draft else None,
+                "rows": case.rows,
+                "context": case.context,
+                "seconds": seconds,
+            }
+            for case, seconds in costs.items()
+        ],
+        **steps.summarise(costs, draft),
+        "host_share": None,
+    }
+    if not args.json:
+        _show_steps(report)
+    return report
+
+
+def _contexts(contexts: list[int], config: ModelConfig) -> list[int]:
+    longest = config.context_length - 16
+    if max(contexts) > longest:
+        raise QSpecError(f"context {max(contexts)} is too long; this model allows {longest}")
+    return sorted(contexts)
+
+
+def _load_targets(
+    args: argparse.Namespace, checkpoint: Checkpoint, config: ModelConfig, num_positions: int
+) -> dict[str, Decoder]:
+    decoders = {}
+    for name in args.targets:
+        target = Target(name)
+        engine = EngineConfig(target=target, group=args.group, backend=args.backend)
+        args.backend = engine.backend  # "auto" is resolved
+        with progress_bar() as bar:
+            task = bar.add_task(f"nesting for {name}", total=None)
+
+            def show(done: int, total: int, task: Any = task, bar: Any = bar) -> None:
+                bar.update(task, completed=done, total=total)
+
+            decoders[name] = load_decoder(
+                checkpoint,
+                config,
+                engine.recipe,
+                get_backend(engine.backend),
+                num_positions=num_positions,
+                progress=show,
+            )
+    return decoders
+
+
+def _show_steps(report: dict[str, Any]) -> None:
+    print(f"{report['model']}, {report['backend']} backend, {report['threads']} threads")
+    print("milliseconds (median):")
+    for step in report["steps"]:
+        view = f"{step['view']} {step['draft'] or ''}".strip()
+        print(
+            f"  {step['target']:<5} {view:<9} rows {step['rows']:>2}  context {step['context']:>5}"
+            f"  {step['seconds'] * 1e3:9.3f}"
+        )
+    for target, c in report["c"].items():
+        v = ", ".join(f"{rows}: {ratio:.2f}" for rows, ratio in report["v"][target].items())
+        print(f"{target}: c = {c:.3f}; v by rows: {v}")
+        for acceptance, best in report["implied"][target].items():
+            print(
+                f"  acceptance {acceptance}: gamma {best['gamma']}, {best['speedup']:.2f}x of plain"
+            )
+    share = report["host_share"]
+    print(
+        "outside kernels: " + ("not measured" if share is None else f"{share:.1%} of a plain step")
+    )
+
+
+def _decode(args: argparse.Namespace) -> dict[str, Any]:
+    texts = read_prompt_file(args.prompt_file)
+    params = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
+    runs: list[dict[str, Any]] = []
+    results: dict[str, decode.TargetResult] = {}
+    for target in args.targets:
+        print(f"qspec: {target}: loading and decoding", file=sys.stderr)
+        llm = LLM(
+            args.model,
+            target=target,
+            draft=args.draft,
+            group=args.group,
+            backend=args.backend,
+            max_batch=args.max_batch,
+        )
+        prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": t}]) for t in texts]
+        result = results[target] = decode.decode(llm, prompts, params, args.gamma)
+        run = {"target": target, "draft": args.draft}
+        runs.append(
+            {
+                **run,
+                "gamma": 0,
+                "tokens_per_second": result.plain_tokens_per_second,
+                "acceptance_rate": None,
+            }
+        )
+        runs.append(
+            {
+                **run,
+                "gamma": args.gamma,
+                "tokens_per_second": result.speculative_tokens_per_second,
+                "acceptance_rate": result.acceptance_rate,
+            }
+        )
+        if not args.json:
+            _show_decode(target, args.gamma, result)
+    return {
+        "runs": runs,
+        "speedup": {target: result.speedup for target, result in results.items()},
+        "identical": {target: result.identical for target, result in results.items()},
+        "aa_ratio": max((r.aa_ratio for r in results.values()), key=lambda ratio: abs(ratio - 1)),
+    }
+
+
+def _show_decode(target: str, gamma: int, result: decode.TargetResult) -> None:
+    verdict = "identical" if result.identical else "NOT IDENTICAL"
+    rate = "none" if result.acceptance_rate is None else f"{result.acceptance_rate:.3f}"
+    print(
+        f"{target}: plain {result.plain_tokens_per_second:.2f} tokens/s, "
+        f"gamma {gamma} {result.speculative_tokens_per_second:.2f} ({result.speedup:.2f}x), "
+        f"acceptance {rate}, {verdict}, A/A {result.aa_ratio:.3f}"
+    )
