@@ -1,10 +1,11 @@
 # make demo    install, then watch a model answer and compare it with plain decoding
 # make test    format, lint, types and every test but the soak tests
 # make soak    the slow tests
+# make sanitize  kernel tests under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak format clean
+.PHONY: demo test soak sanitize format clean
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One stamp for the environment: a second run installs nothing, unless the kernels changed.
@@ -27,6 +28,18 @@ test: .venv/.installed
 
 soak: .venv/.installed
 	$(BIN)/pytest -q -m soak
+
+# An environment of its own, which sees the packages of the other one but not its editable install.
+SANITIZED := build/sanitized
+sanitize: .venv/.installed
+	$(PYTHON) -m venv --clear $(SANITIZED)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(SANITIZED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(SANITIZED)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+	  -C cmake.define.QSPEC_SANITIZE=ON -C build-dir=build/sanitized-objects .
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py
 
 format: .venv/.installed
 	$(BIN)/ruff format src tests

@@ -47,10 +47,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.set_isa(cpu.available_isas()[0])
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads."""
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine cost milliseconds a call."""
     before = cpu.num_threads()
+    cpu.set_num_threads(1)
     yield
     cpu.set_num_threads(before)
 
@@ -142,7 +143,7 @@ def test_exact_weights_of_any_magnitude(isa: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["signed16", "signed8", "affine4_offset", "bfloat16"])
-def test_threads_change_no_bit(form: str, isa: str, threads: None) -> None:
+def test_threads_change_no_bit(form: str, isa: str) -> None:
     packed, x = cpu.pack(random_stored(form, 200, 576)), gaussian(9, 576, dtype=torch.bfloat16)
     results = []
     for count in (1, 2, 3):
@@ -226,7 +227,7 @@ def test_attention(
     assert_close(actual, expected, 2e-6 if dtype is torch.float32 else 3e-3)
 
 
-def test_attention_of_a_row_does_not_depend_on_the_others(isa: str, threads: None) -> None:
+def test_attention_of_a_row_does_not_depend_on_the_others(isa: str) -> None:
     rows, num_blocks = ragged_rows([40, 2], [300, 150], is_prompt=True)
     kv = random_cache(num_blocks, 2, 64, torch.bfloat16)
     query = gaussian(42, 6, 64, dtype=torch.bfloat16, seed=4)
@@ -298,7 +299,9 @@ def tiny_decoder(ops: Any, dtype: torch.dtype, form: str, *, is_fused: bool) -> 
     embedding = ops.pack(random_stored("signed8", 50, 96))
     cos, sin = rope_table(config, 512)
     head = linear(50, num_cols=96)
-    return Decoder(config, ops, dtype, embedding, layers, vector(96), head, cos, sin)
+    return Decoder(
+        config, ops, dtype, embedding, layers, vector(96), head, cos, sin, stored_bytes=0
+    )
 
 
 def without_whole_step() -> SimpleNamespace:
@@ -331,7 +334,7 @@ def run(decoder: Decoder, view: str) -> tuple[list[Tensor], tuple[LayerKV, ...]]
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("form", "view"), [("signed16", "verify"), ("affine4", "a8")])
 def test_whole_step_equals_the_operations_one_by_one(
-    form: str, view: str, dtype: torch.dtype, is_fused: bool, isa: str, threads: None
+    form: str, view: str, dtype: torch.dtype, is_fused: bool, isa: str
 ) -> None:
     slow, slow_kv = run(tiny_decoder(without_whole_step(), dtype, form, is_fused=is_fused), view)
     for count in (1, 2, 3):
