@@ -8,21 +8,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qspec_llm.bench.measure import Advance, interleaved
-from qspec_llm.kernels import Backend, LayerKV, Rows, reference
+from qspec_llm.kernels import Backend, LayerKV, Packed, Rows, reference
 from qspec_llm.weights.planes import Dense, Planes, Stored
 from qspec_llm.weights.quantize import Recipe, Target, nest
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
 __all__ = ["bench", "show"]
 
-ROTATE_BYTES = 640 << 20
+ROTATE_BYTES = 400 << 20  # more than any last-level cache, read between two uses of a matrix
 LARGEST_ERROR = 5e-3  # norm-relative; bf16 results differ by single roundings
 VIEWS = {
     "verify": VERIFY,
@@ -63,8 +63,8 @@ def bench(
         AssertionError: an operation differs from the reference.
     """
     results, bandwidths = [], []
-    batches = [_linears(ops, shape, n, group) for shape in shapes for n in rows]
-    for cases in (*batches, _others(ops, max(rows))):
+    batches = (_linears(ops, shape, n, group) for shape in shapes for n in rows)
+    for cases in chain(batches, [_others(ops, max(rows))]):
         errors = {case.name: _error(case) for case in cases}
         memory = torch.ones(ROTATE_BYTES // 8, dtype=torch.int64).view(torch.uint8)
         calls: dict[str, Callable[[], object]] = {"read": partial(ops.read_memory, memory)}
@@ -122,17 +122,21 @@ def _linears(ops: Backend, shape: tuple[int, int], count: int, group: int) -> li
         target.value: nest(weight, Recipe(target, group, clip_steps=1)) for target in Target
     }
     forms["dense bf16"] = Dense(weight, "the plain kernel to compare with")
-    return [
-        _linear(ops, f"{name} {label} {shape[0]}x{shape[1]} rows {count}", stored, x, view)
-        for name, stored in forms.items()
-        for label, view in VIEWS.items()
-        if label == "verify" or isinstance(stored, Planes)
-    ]
+    cases = []
+    for name, stored in forms.items():
+        # enough copies that the view which reads least still leaves the cache
+        copies = [ops.pack(_copy(stored)) for _ in range(ROTATE_BYTES // stored.draft_nbytes + 1)]
+        for label, view in VIEWS.items():
+            if label == "verify" or isinstance(stored, Planes):
+                title = f"{name} {label} {shape[0]}x{shape[1]} rows {count}"
+                cases.append(_linear(ops, title, stored, copies, x, view))
+    return cases
 
 
-def _linear(ops: Backend, name: str, stored: Stored, x: Tensor, view: View) -> _Case:
+def _linear(
+    ops: Backend, name: str, stored: Stored, copies: list[Packed], x: Tensor, view: View
+) -> _Case:
     nbytes = stored.draft_nbytes if view.is_draft else stored.nbytes
-    copies = [ops.pack(_copy(stored)) for _ in range(max(2, ROTATE_BYTES // nbytes))]
     rows, turn = _rows(len(x)), cycle(copies)
 
     def call() -> Tensor:
