@@ -68,4 +68,7 @@ struct alignas(64) Queue {
 Pool& pool();
 void set_num_threads(int num_threads);
 
+// Ask for large pages under memory that was not written yet; does nothing where there are none.
+void advise_huge_pages(void* memory, int64_t size);
+
 }  // namespace qspec
