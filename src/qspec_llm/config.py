@@ -44,6 +44,8 @@ class EngineConfig:
         group: weights that share one scale.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
+        threads: threads of the kernels, None for one a physical core.
+        isa: instruction set of the CPU kernels, None for the best this machine has.
         backend: whose kernels run; "auto" is the fastest that runs here, and is resolved at once.
     """
 
@@ -53,6 +55,8 @@ class EngineConfig:
     group: int = DEFAULT_GROUP
     max_batch: int = DEFAULT_MAX_BATCH
     max_tokens_in_kv: int = DEFAULT_KV_TOKENS
+    threads: int | None = None
+    isa: str | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -65,7 +69,9 @@ class EngineConfig:
             object.__setattr__(self, "gamma", DEFAULT_GAMMA[self.target])
         if self.backend == "auto":
             object.__setattr__(self, "backend", available_backends()[0])
-        get_backend(self.backend)  # refuses one that is unknown or was not built
+        if self.threads is not None and self.threads < 1:
+            raise QSpecError(f"threads is {self.threads}; it must be at least 1")
+        get_backend(self.backend).configure(self.threads, self.isa)
 
     @property
     def recipe(self) -> Recipe:

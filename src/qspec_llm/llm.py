@@ -83,6 +83,9 @@ class LLM:
         group: weights that share one scale (32, 64 or 128), where the checkpoint does not say.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
+        threads: threads of the kernels, for the whole process; by default the physical cores.
+        isa: instruction set of the CPU kernels ("avx512", "avx2", "generic"), for the whole
+            process; by default the best this machine has.
         backend: whose kernels run: "cpu", "reference", or "auto" for the fastest that runs here.
         progress: called with (tensors done, tensors in all) while loading.
 
@@ -100,6 +103,8 @@ class LLM:
         group: int = DEFAULT_GROUP,
         max_batch: int = DEFAULT_MAX_BATCH,
         max_tokens_in_kv: int = DEFAULT_KV_TOKENS,
+        threads: int | None = None,
+        isa: str | None = None,
         backend: str = "auto",
         progress: Progress | None = None,
     ) -> None:
@@ -115,6 +120,8 @@ class LLM:
             group=group,
             max_batch=max_batch,
             max_tokens_in_kv=max_tokens_in_kv,
+            threads=threads,
+            isa=isa,
             backend=backend,
         )
         self._num_blocks = blocks_for(max_tokens_in_kv)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qspec_llm.cli import main
-from qspec_llm.kernels import BACKENDS
+from qspec_llm.kernels import available_backends
 
 
 def test_inspect_counts_every_byte(model_dir, capsys):
@@ -54,7 +54,8 @@ def test_chat_says_when_the_conversation_is_too_long(model_dir, capsys, monkeypa
 def test_collect_env(capsys):
     assert main(["collect-env", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["backends"] == list(BACKENDS)
+    assert report["backends"] == list(available_backends())
+    assert report["isa"]
     assert report["packages"]["torch"].startswith("2.")
     assert main(["collect-env"]) == 0
     assert "cpu:" in capsys.readouterr().out

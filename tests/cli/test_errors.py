@@ -33,6 +33,8 @@ def refuse(capsys, *argv):
         (["--target", "int3"], "'int3'"),
         (["--draft", "a2"], "'a2'"),
         (["--backend", "tpu"], "'tpu'"),
+        (["--backend", "reference", "--isa", "avx2"], "'avx2'"),
+        (["--threads", "0"], "threads is 0"),
         (["--max-tokens", "0"], "max_tokens is 0"),
         (["--max-batch", "0"], "max_batch is 0"),
         (["--max-tokens-in-kv", "0"], "max_tokens_in_kv is 0"),

@@ -105,7 +105,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     kernels.add_argument("--rows", type=int, nargs="+", default=[1, 5])
     kernels.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
     kernels.add_argument("--group", type=int, default=32, metavar="G")
-    kernels.add_argument("--backend", default="auto")
+    _add_machine_options(kernels)
     kernels.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     text = "cost of draft and verify steps, and the speed-up they allow"
@@ -135,7 +135,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         )
         parser.add_argument("--draft", default="a8", choices=("a8", "a4", "a16"))
         parser.add_argument("--group", type=int, default=32, metavar="G")
-        parser.add_argument("--backend", default="auto")
+        _add_machine_options(parser)
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -178,16 +178,27 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens drafted in each cycle, 0 to decode plainly (default: 0 for int4, else 2)",
     )
+    _add_machine_options(parser)
+    parser.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="prompts that run at once"
+    )
+    parser.add_argument(
+        "--max-tokens-in-kv", type=int, default=16384, metavar="N", help="tokens the KV cache holds"
+    )
+
+
+def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
         help="whose kernels run: cpu, reference; auto is the fastest here (default: auto)",
     )
     parser.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="prompts that run at once"
+        "--threads", type=int, metavar="N", help="threads of the kernels (default: physical cores)"
     )
     parser.add_argument(
-        "--max-tokens-in-kv", type=int, default=16384, metavar="N", help="tokens the KV cache holds"
+        "--isa",
+        help="instruction set of the CPU kernels: avx512, avx2, generic (default: the best here)",
     )
 
 

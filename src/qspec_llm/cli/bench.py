@@ -33,8 +33,18 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(report))
 
 
+def _engine(args: argparse.Namespace, target: Target) -> EngineConfig:
+    return EngineConfig(
+        target=target,
+        group=args.group,
+        threads=args.threads,
+        isa=args.isa,
+        backend=args.backend,
+    )
+
+
 def _kernels(args: argparse.Namespace) -> dict[str, Any]:
-    backend = EngineConfig(target=Target.BF16, group=args.group, backend=args.backend).backend
+    backend = _engine(args, Target.BF16).backend
     with progress_bar() as bar:
         task = bar.add_task("kernels", total=None)
         report = kernels.bench(
@@ -115,7 +125,7 @@ def _load_targets(
     decoders = {}
     for name in args.targets:
         target = Target(name)
-        engine = EngineConfig(target=target, group=args.group, backend=args.backend)
+        engine = _engine(args, target)
         args.backend = engine.backend  # "auto" is resolved
         with progress_bar() as bar:
             task = bar.add_task(f"nesting for {name}", total=None)
@@ -168,6 +178,8 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
             target=target,
             draft=args.draft,
             group=args.group,
+            threads=args.threads,
+            isa=args.isa,
             backend=args.backend,
             max_batch=args.max_batch,
         )

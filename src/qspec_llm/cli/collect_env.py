@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from qspec_llm.kernels import BACKENDS
+from qspec_llm.kernels import available_backends
 from qspec_llm.version import __version__
 
 __all__ = ["run"]
@@ -41,11 +41,20 @@ def _report() -> dict[str, Any]:
         "cpu": cpu.get("model name", platform.processor() or platform.machine()),
         "flags": [flag for flag in CPU_FLAGS if flag in cpu.get("flags", "").split()],
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "backends": list(BACKENDS),
+        "backends": list(available_backends()),
+        **_kernels(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _kernels() -> dict[str, Any]:
+    """What the CPU kernels run with."""
+    if "cpu" not in available_backends():
+        return {"isa": "none: the CPU kernels were not built", "threads": 0}
+    from qspec_llm.kernels import cpu
+
+    return {"isa": cpu.isa(), "isas": cpu.available_isas(), "threads": cpu.num_threads()}
 
 
 def _version(package: str) -> str:

@@ -76,6 +76,13 @@ class Backend(Protocol):
 
     name: str
 
+    def configure(self, num_threads: int | None, isa: str | None) -> None:
+        """Set threads and instruction set for the whole process; None leaves what is.
+
+        Raises:
+            QSpecError: this machine or this backend has no such thing.
+        """
+
     def pack(self, stored: Stored) -> Packed:
         """Arrange a stored tensor for this backend; the same bits, no copy kept."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Forward, LayerKV, Packed, Rows
 from qspec_llm.weights.planes import (
     Dense,
@@ -31,6 +32,7 @@ from qspec_llm.weights.view import Activation, View
 __all__ = [
     "attention",
     "buffers",
+    "configure",
     "embed",
     "linear",
     "name",
@@ -53,6 +55,14 @@ BLOCK_WEIGHTS = 1 << 20  # weights decoded at a time: their temporaries stay in 
 KEY_CHUNK = 64  # keys reduced together in attention; partial results are added in order
 ACTIVATION_GROUP = {Activation.A8: 64, Activation.A4: 32}
 ACTIVATION_TOP = {Activation.A8: 127, Activation.A4: 7}
+
+
+def configure(num_threads: int | None, isa: str | None) -> None:
+    """Set torch's threads; torch chooses its instruction set itself."""
+    if isa is not None:
+        raise QSpecError(f"isa {isa!r} is an option of the cpu backend, not of the reference")
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
 
 
 def pack(stored: Stored) -> Packed:

@@ -35,12 +35,13 @@ from qspec_llm.kernels.cpu.ops import (
     write_kv,
 )
 from qspec_llm.kernels.cpu.step import whole_step
-from qspec_llm.kernels.cpu.threads import num_threads, physical_cores, set_num_threads
+from qspec_llm.kernels.cpu.threads import configure, num_threads, physical_cores, set_num_threads
 
 __all__ = [
     "attention",
     "available_isas",
     "buffers",
+    "configure",
     "embed",
     "isa",
     "linear",

@@ -6,7 +6,7 @@ from pathlib import Path
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels.cpu import _cpu
 
-__all__ = ["num_threads", "physical_cores", "set_num_threads"]
+__all__ = ["configure", "num_threads", "physical_cores", "set_num_threads"]
 
 
 def physical_cores() -> int:
@@ -26,6 +26,17 @@ def physical_cores() -> int:
 def num_threads() -> int:
     """Threads that the kernels use."""
     return _cpu.num_threads()
+
+
+def configure(num_threads: int | None, isa: str | None) -> None:
+    """Set threads and instruction set for the whole process; None leaves what is."""
+    if num_threads is not None:
+        set_num_threads(num_threads)
+    if isa is not None:
+        if isa not in _cpu.available_isas():
+            known = ", ".join(_cpu.available_isas())
+            raise QSpecError(f"isa {isa!r} does not run here; this machine runs {known}")
+        _cpu.set_isa(isa)
 
 
 def set_num_threads(count: int) -> None:
