@@ -21,8 +21,8 @@ __all__ = [
     "resolve_target",
 ]
 
-# Where both views read the same bytes a draft step costs as much as a plain one, and drafting cannot
-# pay whatever it agrees on; the others gain most at about 2 on the costs that `qspec bench steps`
+# Where both views read the same bytes a draft step costs as much as a plain one, and drafting can
+# not pay whatever it agrees on; the others gain most at about 2 on what `qspec bench steps`
 # measured.
 DEFAULT_GAMMA = {Target.INT4: 0, Target.INT8: 2, Target.BF16: 2}
 DEFAULT_GROUP = 32

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 
 from qspec_llm.bench.measure import Advance, interleaved
+from qspec_llm.engine.engine import Engine
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.runner import Runner
+from qspec_llm.engine.text import Tokenizer
 from qspec_llm.kernels import LayerKV, Rows
 from qspec_llm.kv.blocks import BLOCK_SIZE, blocks_for
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
-__all__ = ["ACCEPTANCES", "StepCase", "best_gamma", "step_costs", "summarise"]
+__all__ = ["ACCEPTANCES", "StepCase", "best_gamma", "host_share", "step_costs", "summarise"]
 
 ACCEPTANCES = (0.7, 0.8, 0.9, 0.95)
 MAX_GAMMA = 15  # a verify step of 16 rows is the largest measured
@@ -79,6 +83,25 @@ def _step(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> None:
     )
     with torch.inference_mode():
         decoder.forward(positions % 97, rows, kv, case.view, torch.arange(case.rows))
+
+
+def host_share(decoder: Decoder, tokenizer: Tokenizer, draft: Activation, rounds: int) -> float:
+    """Share of a plain engine step with one request that is spent outside `Decoder.forward`.
+
+    Steps and bare forward passes at the same context run in turn.
+    """
+    capacity = blocks_for(64 + 4 * rounds)
+    runner = Runner(decoder, allocate(decoder.config, capacity, decoder.dtype))
+    engine = Engine(runner, tokenizer, draft_view(draft), gamma=0, max_batch=1)
+    params = SamplingParams(temperature=0, max_tokens=4 * rounds, ignore_eos=True)
+    engine.add([1] * 32, params)
+    engine.step()
+    kv = allocate(decoder.config, capacity, decoder.dtype)
+    case = StepCase("", VERIFY, 1, 32 + rounds)
+    seconds = interleaved(
+        {"step": engine.step, "forward": partial(_step, decoder, kv, case)}, rounds
+    )
+    return max(0.0, 1 - seconds["forward"] / seconds["step"])
 
 
 def best_gamma(acceptance: float, c: float, v: Mapping[int, float]) -> tuple[int, float]:

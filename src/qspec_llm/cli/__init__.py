@@ -92,6 +92,22 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     bench = _command(commands, "bench", "measure what speculation costs and gains on this machine")
     kinds = bench.add_subparsers(required=True, metavar="KIND", dest="bench")
 
+    text = "every operation against the reference, then its time and bandwidth"
+    kernels = kinds.add_parser("kernels", help=text, description=text, allow_abbrev=False)
+    kernels.add_argument(
+        "--shapes",
+        type=_shape,
+        nargs="+",
+        default=[(9728, 896), (4096, 4096)],
+        metavar="NxK",
+        help="matrices of the linears (default: 9728x896 4096x4096)",
+    )
+    kernels.add_argument("--rows", type=int, nargs="+", default=[1, 5])
+    kernels.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
+    kernels.add_argument("--group", type=int, default=32, metavar="G")
+    kernels.add_argument("--backend", default="auto")
+    kernels.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
     text = "cost of draft and verify steps, and the speed-up they allow"
     steps = kinds.add_parser("steps", help=text, description=text, allow_abbrev=False)
     steps.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
@@ -190,3 +206,9 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
     parser.add_argument("--seed", type=int, metavar="S", help="same seed, same text")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """Rows and columns of a matrix, "9728x896"."""
+    rows, cols = text.split("x")
+    return int(rows), int(cols)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qspec_llm.bench import decode, shapes, steps
+from qspec_llm.bench import decode, kernels, shapes, steps
 from qspec_llm.cli.common import progress_bar, read_prompt_file
 from qspec_llm.config import EngineConfig
 from qspec_llm.engine.params import SamplingParams
@@ -18,6 +18,7 @@ from qspec_llm.llm import LLM
 from qspec_llm.model.config import ModelConfig, read_config
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.model.load import load_decoder
+from qspec_llm.tokenizer import HFTokenizer
 from qspec_llm.weights.checkpoint import Checkpoint, open_checkpoint
 from qspec_llm.weights.quantize import Target
 from qspec_llm.weights.view import Activation
@@ -26,10 +27,27 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `qspec bench steps` or `qspec bench decode`."""
-    report = {"steps": _steps, "decode": _decode}[args.bench](args)
+    """Run `qspec bench kernels`, `steps` or `decode`."""
+    report = {"kernels": _kernels, "steps": _steps, "decode": _decode}[args.bench](args)
     if args.json:
         print(json.dumps(report))
+
+
+def _kernels(args: argparse.Namespace) -> dict[str, Any]:
+    backend = EngineConfig(target=Target.BF16, group=args.group, backend=args.backend).backend
+    with progress_bar() as bar:
+        task = bar.add_task("kernels", total=None)
+        report = kernels.bench(
+            get_backend(backend),
+            args.shapes,
+            args.rows,
+            args.group,
+            args.rounds,
+            lambda: bar.advance(task),
+        )
+    if not args.json:
+        kernels.show(report)
+    return report
 
 
 def _steps(args: argparse.Namespace) -> dict[str, Any]:
@@ -67,11 +85,21 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
             for case, seconds in costs.items()
         ],
         **steps.summarise(costs, draft),
-        "host_share": None,
+        "host_share": _host_share(args, decoders, draft),
     }
     if not args.json:
         _show_steps(report)
     return report
+
+
+def _host_share(
+    args: argparse.Namespace, decoders: dict[str, Decoder], draft: Activation
+) -> float | None:
+    """Measured on the fastest target, where it is largest; None without a tokenizer."""
+    if args.shape:
+        return None
+    tokenizer = HFTokenizer(resolve_model(args.model))
+    return steps.host_share(next(iter(decoders.values())), tokenizer, draft, max(args.rounds, 30))
 
 
 def _contexts(contexts: list[int], config: ModelConfig) -> list[int]:

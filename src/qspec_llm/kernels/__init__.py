@@ -85,6 +85,9 @@ class Backend(Protocol):
     def buffers(self, packed: Packed) -> list[Tensor]:
         """The tensors that hold its bytes, so that bytes can be counted where they lie."""
 
+    def read_memory(self, memory: Tensor) -> None:
+        """Read every byte of a tensor once, as fast as this backend can read anything."""
+
     def embed(self, tokens: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
         """Rows of the embedding at full precision in either view: tokens [R] to [R, hidden]."""
 

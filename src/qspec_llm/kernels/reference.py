@@ -36,6 +36,7 @@ __all__ = [
     "name",
     "pack",
     "quantize_activations",
+    "read_memory",
     "rms_norm",
     "rope",
     "round_activations",
@@ -68,6 +69,11 @@ def unpack(packed: Packed) -> Stored:
 def buffers(packed: Packed) -> list[Tensor]:
     """The tensors that hold its bytes."""
     return [packed.weight] if isinstance(packed, Dense) else list(packed.tensors().values())
+
+
+def read_memory(memory: Tensor) -> None:
+    """Read every byte of a tensor once: [bytes] uint8, a multiple of 8."""
+    memory.view(torch.int64).sum()
 
 
 def embed(tokens: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = [
     "embed",
     "linear",
     "pools_of",
+    "read_memory",
     "rms_norm",
     "rope",
     "row_table",
@@ -37,6 +38,11 @@ MAX_HEAD_DIM = 256
 def buffers(packed: PackedMatrix) -> list[Tensor]:
     """The tensors that hold its bytes."""
     return packed.tensors()
+
+
+def read_memory(memory: Tensor) -> None:
+    """Read every byte of a tensor once."""
+    _cpu.read_memory(memory.data_ptr(), memory.nbytes)
 
 
 def embed(tokens: Tensor, table: PackedMatrix, dtype: torch.dtype) -> Tensor:
