@@ -5,7 +5,7 @@ pass reads memory; the read bandwidth they are compared with is measured in the 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, cycle
@@ -126,18 +126,19 @@ def _linears(ops: Backend, shape: tuple[int, int], count: int, group: int) -> li
     for name, stored in forms.items():
         # enough copies that the view which reads least still leaves the cache
         copies = [ops.pack(_copy(stored)) for _ in range(ROTATE_BYTES // stored.draft_nbytes + 1)]
+        turn = cycle(copies)  # shared by the views: none finds what another has just read
         for label, view in VIEWS.items():
             if label == "verify" or isinstance(stored, Planes):
                 title = f"{name} {label} {shape[0]}x{shape[1]} rows {count}"
-                cases.append(_linear(ops, title, stored, copies, x, view))
+                cases.append(_linear(ops, title, stored, turn, x, view))
     return cases
 
 
 def _linear(
-    ops: Backend, name: str, stored: Stored, copies: list[Packed], x: Tensor, view: View
+    ops: Backend, name: str, stored: Stored, turn: Iterator[Packed], x: Tensor, view: View
 ) -> _Case:
     nbytes = stored.draft_nbytes if view.is_draft else stored.nbytes
-    rows, turn = _rows(len(x)), cycle(copies)
+    rows = _rows(len(x))
 
     def call() -> Tensor:
         return ops.linear(x, next(turn), None, view, rows, torch.float32)

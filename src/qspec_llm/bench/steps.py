@@ -6,15 +6,17 @@ gamma c + v(gamma): the speed-up is their ratio (Leviathan et al. 2023, theorem 
 step that is not free of gamma).
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from qspec_llm.bench.measure import Advance, interleaved
-from qspec_llm.engine.engine import Engine
+from qspec_llm.engine.engine import Engine, StepSeconds
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner
 from qspec_llm.engine.text import Tokenizer
@@ -85,23 +87,36 @@ def _step(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> None:
         decoder.forward(positions % 97, rows, kv, case.view, torch.arange(case.rows))
 
 
-def host_share(decoder: Decoder, tokenizer: Tokenizer, draft: Activation, rounds: int) -> float:
-    """Share of a plain engine step with one request that is spent outside `Decoder.forward`.
+class _Timed:
+    """A decoder that sums up the seconds of its forward passes."""
 
-    Steps and bare forward passes at the same context run in turn.
-    """
-    capacity = blocks_for(64 + 4 * rounds)
-    runner = Runner(decoder, allocate(decoder.config, capacity, decoder.dtype))
-    engine = Engine(runner, tokenizer, draft_view(draft), gamma=0, max_batch=1)
-    params = SamplingParams(temperature=0, max_tokens=4 * rounds, ignore_eos=True)
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def forward(self, *args: Any) -> Tensor:
+        started = time.perf_counter()
+        logits = self._decoder.forward(*args)
+        self.seconds += time.perf_counter() - started
+        return logits
+
+
+def host_share(decoder: Decoder, tokenizer: Tokenizer, num_steps: int) -> float:
+    """Share of plain engine steps of one request that is spent outside `Decoder.forward`."""
+    capacity = blocks_for(64 + num_steps)
+    timed = _Timed(decoder)
+    runner = Runner(cast(Decoder, timed), allocate(decoder.config, capacity, decoder.dtype))
+    engine = Engine(runner, tokenizer, draft_view(Activation.A8), gamma=0, max_batch=1)
+    params = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True)
     engine.add([1] * 32, params)
-    engine.step()
-    kv = allocate(decoder.config, capacity, decoder.dtype)
-    case = StepCase("", VERIFY, 1, 32 + rounds)
-    seconds = interleaved(
-        {"step": engine.step, "forward": partial(_step, decoder, kv, case)}, rounds
-    )
-    return max(0.0, 1 - seconds["forward"] / seconds["step"])
+    engine.step()  # the prompt
+    engine.seconds, timed.seconds = StepSeconds(), 0.0
+    while engine.has_work:
+        engine.step()
+    return 1 - timed.seconds / engine.seconds.total
 
 
 def best_gamma(acceptance: float, c: float, v: Mapping[int, float]) -> tuple[int, float]:

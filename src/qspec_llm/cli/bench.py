@@ -95,21 +95,19 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
             for case, seconds in costs.items()
         ],
         **steps.summarise(costs, draft),
-        "host_share": _host_share(args, decoders, draft),
+        "host_share": _host_share(args, decoders),
     }
     if not args.json:
         _show_steps(report)
     return report
 
 
-def _host_share(
-    args: argparse.Namespace, decoders: dict[str, Decoder], draft: Activation
-) -> float | None:
+def _host_share(args: argparse.Namespace, decoders: dict[str, Decoder]) -> float | None:
     """Measured on the fastest target, where it is largest; None without a tokenizer."""
     if args.shape:
         return None
     tokenizer = HFTokenizer(resolve_model(args.model))
-    return steps.host_share(next(iter(decoders.values())), tokenizer, draft, max(args.rounds, 30))
+    return steps.host_share(next(iter(decoders.values())), tokenizer, num_steps=100)
 
 
 def _contexts(contexts: list[int], config: ModelConfig) -> list[int]:
