@@ -56,7 +56,7 @@ def test_plain_decoding_drafts_nothing(model_dir, capsys):
     assert report["results"][0]["drafted"] == 0
 
 
-@pytest.mark.parametrize(("target", "gamma"), [("int4", 0), ("int8", 2), ("bf16", 2)])
+@pytest.mark.parametrize(("target", "gamma"), [("int4", 0), ("int8", 0), ("bf16", 2)])
 def test_the_default_gamma_is_the_targets_and_plain_decoding_is_announced(
     model_dir, capsys, target, gamma
 ):

@@ -176,7 +176,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--gamma",
         type=int,
         metavar="N",
-        help="tokens drafted in each cycle, 0 to decode plainly (default: 0 for int4, else 2)",
+        help="tokens drafted in each cycle, 0 to decode plainly (default: 2 for bf16, else 0)",
     )
     _add_machine_options(parser)
     parser.add_argument(

@@ -76,8 +76,8 @@ def _notes(llm: LLM, *, is_default: bool) -> Iterator[str]:
     """What to expect of options that are allowed but seldom wanted, or chosen for the caller."""
     if llm.config.gamma == 0 and is_default:
         yield (
-            f"the {llm.config.target} target decodes plainly by default, since its draft reads as "
-            "many bytes as its verifier; --gamma N drafts all the same"
+            f"the {llm.config.target} target decodes plainly by default, since its draft saves too "
+            "few bytes to pay; --gamma N drafts all the same"
         )
     if llm.config.draft == "a4" and llm.config.gamma:
         yield (
