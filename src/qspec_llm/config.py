@@ -21,8 +21,8 @@ __all__ = [
     "resolve_target",
 ]
 
-# What pays at the acceptance that 4-bit drafts reach, by the step costs measured so far (`qspec bench
-# steps`, `bench decode`; docs/cpu-notes.md). Under int4 both views read the same bytes, so that a
+# What pays at the acceptance that 4-bit drafts reach, by the step costs measured so far
+# (`qspec bench steps`, `bench decode`; README). Under int4 both views read the same bytes, so a
 # draft step costs as much as a plain one; under int8 it costs 0.7 of one.
 DEFAULT_GAMMA = {Target.INT4: 0, Target.INT8: 0, Target.BF16: 2}
 DEFAULT_GROUP = 32
