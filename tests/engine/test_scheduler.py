@@ -349,7 +349,7 @@ def test_random_adds_aborts_and_steps(seed):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(1000, 1400))
+@pytest.mark.parametrize("seed", range(1000, 1150))
 def test_random_adds_aborts_and_steps_for_longer(seed):
     stress(seed, 250)
 

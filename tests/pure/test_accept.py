@@ -183,9 +183,9 @@ def test_output_has_the_targets_distribution(name):
 @pytest.mark.soak
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("gamma", [1, 2, 6])
-def test_output_has_the_targets_distribution_over_1e5_calls(name, gamma):
+def test_output_has_the_targets_distribution_over_many_calls(name, gamma):
     draft, target = PAIRS[name]
-    assert p_value(speculate(draft, target, 100_000, gamma), target) > ALPHA
+    assert p_value(speculate(draft, target, 20_000, gamma), target) > ALPHA
 
 
 def test_1e5_tokens_have_the_targets_distribution():
