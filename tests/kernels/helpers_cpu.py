@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers_weights import FORMS
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import LayerKV, Rows
 from qspec_llm.weights.pack import pack_nibbles, unpack_nibbles
-from qspec_llm.weights.planes import Dense, Grid, Planes, PlaneSpec, Stored
+from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
 VIEWS: dict[str, View] = {
@@ -20,19 +21,6 @@ VIEWS: dict[str, View] = {
     "a4": draft_view(Activation.A4),
 }
 
-FORMS = {
-    "signed16": {"bits": 16, "grid": Grid.SIGNED},
-    "signed8": {"bits": 8, "grid": Grid.SIGNED},
-    "signed8_draft8": {"bits": 8, "grid": Grid.SIGNED, "draft_bits": 8},
-    "affine4": {"bits": 4, "grid": Grid.AFFINE},
-    "affine4_offset": {"bits": 4, "grid": Grid.AFFINE, "has_offset": True},
-    "affine4_f16": {
-        "bits": 4, "grid": Grid.AFFINE, "has_offset": True, "scale_dtype": torch.float16
-    },
-    "affine8": {"bits": 8, "grid": Grid.AFFINE, "scale_dtype": torch.float16},
-    "affine8_draft8": {"bits": 8, "grid": Grid.AFFINE, "draft_bits": 8},
-    "affine8_offset": {"bits": 8, "grid": Grid.AFFINE, "has_offset": True},
-}  # fmt: skip
 DENSE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -5,8 +5,6 @@ import json
 import sys
 from typing import Any
 
-import torch
-
 from qspec_llm.bench import decode, kernels, shapes, steps
 from qspec_llm.cli.common import progress_bar, read_prompt_file
 from qspec_llm.config import EngineConfig
@@ -82,7 +80,7 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
     report = {
         "backend": args.backend,
         "model": args.shape or args.model,
-        "threads": torch.get_num_threads(),
+        "threads": get_backend(args.backend).num_threads(),
         "steps": [
             {
                 "view": "draft" if case.view.is_draft else "verify",

@@ -83,6 +83,9 @@ class Backend(Protocol):
             QSpecError: this machine or this backend has no such thing.
         """
 
+    def num_threads(self) -> int:
+        """Threads that the kernels use."""
+
     def pack(self, stored: Stored) -> Packed:
         """Arrange a stored tensor for this backend; the same bits, no copy kept."""
 

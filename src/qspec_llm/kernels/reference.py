@@ -36,6 +36,7 @@ __all__ = [
     "embed",
     "linear",
     "name",
+    "num_threads",
     "pack",
     "quantize_activations",
     "read_memory",
@@ -63,6 +64,11 @@ def configure(num_threads: int | None, isa: str | None) -> None:
         raise QSpecError(f"isa {isa!r} is an option of the cpu backend, not of the reference")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+
+
+def num_threads() -> int:
+    """Threads that torch uses."""
+    return torch.get_num_threads()
 
 
 def pack(stored: Stored) -> Packed:
