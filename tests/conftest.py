@@ -52,7 +52,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+# the cuda backend's cases carry the mark `gpu`, and are skipped where there is no GPU
+BACKEND_CASES = [
+    pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in BACKENDS
+]
+
+
+@pytest.fixture(scope="module", params=BACKEND_CASES)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend in turn; one that was not built is skipped."""
     if request.param not in available_backends():

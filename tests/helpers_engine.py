@@ -254,7 +254,8 @@ class RecordingRunner(Runner):
     """
 
     def __init__(self, decoder: Decoder, num_blocks: int) -> None:
-        super().__init__(decoder, allocate(decoder.config, num_blocks, decoder.dtype))
+        device = decoder.ops.device
+        super().__init__(decoder, allocate(decoder.config, num_blocks, decoder.dtype, device))
         self.logits: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, batch: Batch, view: View) -> Tensor:

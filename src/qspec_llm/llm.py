@@ -145,7 +145,9 @@ class LLM:
 
     def new_engine(self, gamma: int) -> Engine:
         """Another engine over the same weights, with a KV cache of its own."""
-        kv = allocate(self.model_config, self._num_blocks, self.decoder.dtype)
+        kv = allocate(
+            self.model_config, self._num_blocks, self.decoder.dtype, self.decoder.ops.device
+        )
         return Engine(
             Runner(self.decoder, kv),
             self.tokenizer,

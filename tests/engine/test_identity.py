@@ -255,7 +255,12 @@ PROMPTS = [
 
 
 # The slow reference proves itself on one target; fast backends run all.
-CASES = [(name, target) for name in BACKENDS for target in Target if name != "reference"]
+CASES = [
+    pytest.param((name, target), marks=[pytest.mark.gpu] if name == "cuda" else [])
+    for name in BACKENDS
+    for target in Target
+    if name != "reference"
+]
 
 
 @pytest.fixture(scope="module", params=[*CASES, ("reference", Target.BF16)], ids=str)

@@ -117,7 +117,7 @@ def logits(
 ) -> Tensor:
     """Logits of every position [T, vocabulary], computed in chunks of those sizes."""
     num_blocks = math.ceil(len(tokens) / BLOCK_SIZE)
-    kv = allocate(decoder.config, num_blocks + 1, decoder.dtype)
+    kv = allocate(decoder.config, num_blocks + 1, decoder.dtype, decoder.ops.device)
     table = torch.arange(num_blocks, 0, -1)  # block 0 pads
     parts, start = [], 0
     for size in chunks or [len(tokens)]:

@@ -63,7 +63,9 @@ def step_costs(
     calls = {}
     for target, decoder in decoders.items():
         capacity = max(contexts) + max(rows)
-        kv = allocate(decoder.config, blocks_for(capacity), decoder.dtype)
+        kv = allocate(
+            decoder.config, blocks_for(capacity), decoder.dtype, decoder.ops.device
+        )
         for context in contexts:
             cases = [(draft_view(draft), 1), *((VERIFY, n) for n in rows)]
             for view, num_rows in cases:
@@ -108,7 +110,10 @@ def host_share(decoder: Decoder, tokenizer: Tokenizer, num_steps: int) -> float:
     """Share of plain engine steps of one request that is spent outside `Decoder.forward`."""
     capacity = blocks_for(64 + num_steps)
     timed = _Timed(decoder)
-    runner = Runner(cast(Decoder, timed), allocate(decoder.config, capacity, decoder.dtype))
+    runner = Runner(
+        cast(Decoder, timed),
+        allocate(decoder.config, capacity, decoder.dtype, decoder.ops.device),
+    )
     engine = Engine(runner, tokenizer, draft_view(Activation.A8), gamma=0, max_batch=1)
     params = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True)
     engine.add([1] * 32, params)

@@ -11,7 +11,7 @@ speculative output equal to plain output bit for bit.
 import contextlib
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeAlias, cast
 
 import torch
@@ -57,6 +57,17 @@ class Rows:
     block_tables: Tensor
     is_prompt: bool
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same rows on a device; itself where it is there already."""
+        if self.positions.device == device:
+            return self
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in fields(self)
+            if field.name != "is_prompt"
+        }
+        return Rows(**moved, is_prompt=self.is_prompt)
+
 
 @dataclass(frozen=True)
 class LayerKV:
@@ -68,13 +79,14 @@ class LayerKV:
 
 
 # Tokens, rows, cache, view and rows wanted to logits: what `Decoder.forward` does.
-Forward: TypeAlias = Callable[[Tensor, Rows, Sequence[LayerKV], View, Tensor], Tensor]
+Forward: TypeAlias = Callable[[Tensor, Rows, Sequence[LayerKV], View, Tensor | None], Tensor]
 
 
 class Backend(Protocol):
     """What a backend module exports."""
 
     name: str
+    device: torch.device  # where its tensors lie
 
     def configure(self, num_threads: int | None, isa: str | None) -> None:
         """Set threads and instruction set for the whole process; None leaves what is.
@@ -139,7 +151,8 @@ class Backend(Protocol):
         """
 
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
+MODULES = {"cuda": "cuda.backend"}  # of those whose package can be imported where they cannot run
 
 
 def available_backends() -> tuple[str, ...]:
@@ -156,8 +169,8 @@ def get_backend(name: str) -> Backend:
     """The backend module of that name.
 
     Raises:
-        QSpecError: there is no such backend, or it was not built.
+        QSpecError: there is no such backend, or it does not run on this machine.
     """
     if name not in BACKENDS:
         raise QSpecError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-    return cast(Backend, importlib.import_module(f"qspec_llm.kernels.{name}"))
+    return cast(Backend, importlib.import_module(f"qspec_llm.kernels.{MODULES.get(name, name)}"))

@@ -33,6 +33,7 @@ __all__ = [
     "attention",
     "buffers",
     "configure",
+    "device",
     "embed",
     "linear",
     "name",
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 name = "reference"
+device = torch.device("cpu")
 
 DECODE_TILE, PROMPT_TILE = 8, 64  # rows
 BLOCK_WEIGHTS = 1 << 20  # weights decoded at a time: their temporaries stay in the L2 cache

@@ -41,29 +41,37 @@ class Decoder:
         rows: Rows,
         kv: Sequence[LayerKV],
         view: View,
-        logit_rows: Tensor,
+        logit_rows: Tensor | None,
     ) -> Tensor:
         """Compute rows, write their KV, and return logits of some of them.
+
+        Tokens and rows may lie on the host; the logits come back where the tokens lie.
 
         Args:
             tokens: [R] int64.
             rows: where the rows sit.
             kv: the cache, one entry a layer; slots of these rows are overwritten.
             view: which precision to read.
-            logit_rows: [L] int64, rows whose logits are wanted.
+            logit_rows: [L] int64, rows whose logits are wanted; None for all, in order.
 
         Returns:
             Logits [L, vocabulary] float32.
         """
+        home, device = tokens.device, self.ops.device
+        if home != device:
+            wanted = None if logit_rows is None else logit_rows.to(device)
+            return self.forward(tokens.to(device), rows.to(device), kv, view, wanted).to(home)
         if self._whole_step is not None:
             return self._whole_step(tokens, rows, kv, view, logit_rows)
         x = self.ops.embed(tokens, self.embedding, self.dtype)
         rotation = Rotation(self.cos[rows.positions], self.sin[rows.positions])
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x = decoder_layer(self.ops, self.config, x, layer, layer_kv, rotation, view, rows)
-        if logit_rows.numel() == 0:
-            return x.new_zeros(0, self.config.vocab_size, dtype=torch.float32)
-        x = self.ops.rms_norm(x[logit_rows], self.final_norm, self.config.norm_eps)
+        if logit_rows is not None:
+            if logit_rows.numel() == 0:
+                return x.new_zeros(0, self.config.vocab_size, dtype=torch.float32)
+            x = x[logit_rows]
+        x = self.ops.rms_norm(x, self.final_norm, self.config.norm_eps)
         return linear(self.ops, x, self.head, view, rows, torch.float32)
 
     @cached_property

@@ -141,9 +141,10 @@ def load_decoder(
     head = Linear(((embedding, None),)) if config.tied_head else reader.linear("lm_head")
     layers = tuple(reader.layer(f"model.layers.{i}.") for i in range(config.num_layers))
     factors = reader.vector(ROPE_FACTORS).float() if reader.has_rest() else None
-    cos, sin = rope_table(config, num_positions, factors)
+    cos, sin = rope_table(config, num_positions, None if factors is None else factors.cpu())
+    table = (cos.to(ops.device), sin.to(ops.device))
     return Decoder(
-        config, ops, dtype, embedding, layers, final_norm, head, cos, sin, reader.num_bytes
+        config, ops, dtype, embedding, layers, final_norm, head, *table, reader.num_bytes
     )
 
 
@@ -184,7 +185,7 @@ class _Reader:
     def vector(self, name: str) -> Tensor:
         stored = self.take(name)
         assert isinstance(stored, Dense)
-        return stored.weight
+        return stored.weight.to(self._ops.device)
 
     def linear(self, *modules: str) -> Linear:
         """Matrices on one input, in one part where their specs allow."""

@@ -11,6 +11,8 @@ Values are float32 between the operations' roundings. A row's result has one ord
 for each ISA, whatever the number of rows or threads.
 """
 
+import torch
+
 from qspec_llm.errors import QSpecError
 
 try:
@@ -42,6 +44,7 @@ __all__ = [
     "available_isas",
     "buffers",
     "configure",
+    "device",
     "embed",
     "isa",
     "linear",
@@ -61,5 +64,6 @@ __all__ = [
 ]
 
 name = "cpu"
+device = torch.device("cpu")
 
 _cpu.set_num_threads(physical_cores())

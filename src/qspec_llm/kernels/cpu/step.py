@@ -72,9 +72,11 @@ class _WholeStep:
             )
 
     def __call__(
-        self, tokens: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View, logit_rows: Tensor
+        self, tokens: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View, logit_rows: Tensor | None
     ) -> Tensor:
         """What `Decoder.forward` returns."""
+        if logit_rows is None:
+            logit_rows = torch.arange(len(tokens))
         if kv is not self._kv:
             self._step.set_cache([pools_of(layer) for layer in kv])
             self._kv = kv  # and thereby alive

@@ -1,0 +1,40 @@
+"""The GPU backend's module: the names of `kernels.Backend`. Importing it fails where it cannot run."""
+
+from qspec_llm.kernels.cuda.device import gpu, require_gpu
+
+require_gpu()
+
+from qspec_llm.kernels.cuda.matrices import buffers, embed, linear, pack, unpack  # noqa: E402
+from qspec_llm.kernels.cuda.ops import (  # noqa: E402
+    attention,
+    configure,
+    num_threads,
+    read_memory,
+    rms_norm,
+    rope,
+    silu_mul,
+    write_kv,
+)
+from qspec_llm.kernels.cuda.step import whole_step  # noqa: E402
+
+__all__ = [
+    "attention",
+    "buffers",
+    "configure",
+    "device",
+    "embed",
+    "linear",
+    "name",
+    "num_threads",
+    "pack",
+    "read_memory",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "unpack",
+    "whole_step",
+    "write_kv",
+]
+
+name = "cuda"
+device = gpu()

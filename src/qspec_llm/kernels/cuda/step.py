@@ -1,0 +1,109 @@
+"""A forward pass with fused kernels: eight launches a layer, the same bits as one by one.
+
+Fused are the residual add with the norm after it and the quantisation after that, RoPE with the write
+of K and V, attention with the merge of its splits and the quantisation after it, SwiGLU with the
+quantisation after it. Nothing here waits for the GPU, so a pass can be captured in a graph.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qspec_llm.kernels import Forward, LayerKV, Rows
+from qspec_llm.kernels.cuda.matrices import embed, linear, takes_quantized
+from qspec_llm.kernels.triton.attention import attend_decode
+from qspec_llm.kernels.triton.norms import add_rms_norm, rms_norm
+from qspec_llm.kernels.triton.prompt import attend_prompt
+from qspec_llm.kernels.triton.quantize import Quantized
+from qspec_llm.kernels.triton.rope import rotate_and_write
+from qspec_llm.kernels.triton.swiglu import silu_mul
+from qspec_llm.weights.view import Activation, View
+
+__all__ = ["whole_step"]
+
+TOPS = {Activation.A8: 127, Activation.A4: 7, Activation.A16: 0}
+
+
+def whole_step(decoder: Any) -> Forward | None:
+    """A replacement for `Decoder.forward` with equal results."""
+    return _WholeStep(decoder)
+
+
+class _WholeStep:
+    """The decoder's layers, and which of their linears take quantised activations."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        config = decoder.config
+        self._sizes = [config.query_size, config.kv_size, config.kv_size]
+        # a group of quantised activations must not span two heads
+        self._has_whole_groups = config.head_dim % 64 == 0
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        rows: Rows,
+        kv: Sequence[LayerKV],
+        view: View,
+        logit_rows: Tensor | None,
+    ) -> Tensor:
+        """What `Decoder.forward` returns, for tensors on the GPU."""
+        decoder, eps = self._decoder, self._decoder.config.norm_eps
+        top = TOPS[view.activation] if view.is_draft else 0
+        x, delta = embed(tokens, decoder.embedding, decoder.dtype), None
+        for layer, layer_kv in zip(decoder.layers, kv, strict=True):
+            x, hidden = add_rms_norm(x, delta, layer.input_norm, eps, self._top(layer.qkv, top))
+            qkv = self._linear(hidden, layer.qkv, view, rows)
+            attended = self._attend(qkv, layer, layer_kv, rows, self._top(layer.output, top))
+            delta = self._linear(attended, layer.output, view, rows)
+            post_norm = layer.post_attention_norm
+            x, hidden = add_rms_norm(x, delta, post_norm, eps, self._top(layer.gate_up, top))
+            gate_up = self._linear(hidden, layer.gate_up, view, rows)
+            inner = silu_mul(gate_up, self._top(layer.down, top))
+            delta = self._linear(inner, layer.down, view, rows)
+        if logit_rows is not None:
+            if logit_rows.numel() == 0:
+                return x.new_zeros(0, decoder.config.vocab_size, dtype=torch.float32)
+            x, delta = x[logit_rows], delta[logit_rows]
+        _, hidden = add_rms_norm(x, delta, decoder.final_norm, eps, self._top(decoder.head, top))
+        return self._linear(hidden, decoder.head, view, rows, torch.float32)
+
+    def _top(self, layer: Any, top: int) -> int:
+        """`top` where every part of a linear takes quantised activations, else 0."""
+        takes = all(takes_quantized(weight, self._decoder.dtype) for weight, _ in layer.parts)
+        return top if takes else 0
+
+    def _linear(
+        self,
+        x: Tensor | Quantized,
+        layer: Any,
+        view: View,
+        rows: Rows,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        out_dtype = out_dtype or self._decoder.dtype
+        parts = [linear(x, weight, bias, view, rows, out_dtype) for weight, bias in layer.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _attend(
+        self, qkv: Tensor, layer: Any, kv: LayerKV, rows: Rows, top: int
+    ) -> Tensor | Quantized:
+        """q, k, v [R, (heads + 2 KV heads) D] to the attention's rows [R, heads D]."""
+        decoder = self._decoder
+        query, key, value = (
+            part.view(len(part), -1, decoder.config.head_dim)
+            for part in torch.split(qkv, self._sizes, dim=-1)
+        )
+        if layer.q_norm is not None:
+            query = rms_norm(query, layer.q_norm, decoder.config.norm_eps)
+            key = rms_norm(key, layer.k_norm, decoder.config.norm_eps)
+        query = rotate_and_write(
+            query, key, value, kv, decoder.cos, decoder.sin, rows.positions, rows.slots
+        )
+        if rows.is_prompt:
+            return attend_prompt(query, kv, rows).flatten(1)
+        max_context = rows.block_tables.shape[1] * kv.block_size
+        out = attend_decode(query, kv, rows, max_context, top if self._has_whole_groups else 0)
+        return out if isinstance(out, Quantized) else out.flatten(1)
