@@ -14,6 +14,7 @@ from qspec_llm.config import (
 )
 from qspec_llm.engine.emit import Emission
 from qspec_llm.engine.engine import Engine, check_gamma
+from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import FinishReason, Request, TokenLogprobs
 from qspec_llm.engine.runner import Runner
@@ -154,6 +155,7 @@ class LLM:
             self.config.draft_view,
             gamma=gamma,
             max_batch=self.config.max_batch,
+            graphs=graphs_of(self.decoder, kv, self.config.draft_view, self.config.max_batch),
         )
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -5,7 +5,7 @@ Greedy: a draft stands while it is the verify view's own choice. Sampling: specu
 verify view's distribution, whatever the draft's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from qspec_llm.engine.random import Stream, uniform
 from qspec_llm.engine.request import TokenLogprobs
 from qspec_llm.engine.sampling import adjust, pick, probabilities
 
-__all__ = ["Accepted", "accept", "accept_greedy", "accept_sampled"]
+__all__ = ["Accepted", "accept", "accept_greedy", "accept_sampled", "in_order"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,17 @@ def accept(batch: Batch, drafts: Drafts, logits: Tensor) -> list[Accepted]:
         for span, drafted, probs, part in zip(
             batch.spans, drafts.tokens, drafts.probs, parts, strict=True
         )
+    ]
+
+
+def in_order(
+    batch: Batch, advanced: Mapping[int, Accepted], rest: Sequence[Accepted]
+) -> list[Accepted]:
+    """Outcomes of a batch, some known by request id, those of the other spans in their order."""
+    others = iter(rest)
+    return [
+        advanced[key] if (key := span.request.request_id) in advanced else next(others)
+        for span in batch.spans
     ]
 
 

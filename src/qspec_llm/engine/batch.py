@@ -1,6 +1,6 @@
 """What one step computes: a span of positions for each of some requests."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from qspec_llm.engine.request import Request
@@ -44,6 +44,10 @@ class Batch:
                 for span, drafted in zip(self.spans, drafts, strict=True)
             )
         )
+
+    def without(self, request_ids: Container[int]) -> "Batch":
+        """The batch less some requests' spans."""
+        return Batch(tuple(s for s in self.spans if s.request.request_id not in request_ids))
 
     @property
     def num_rows(self) -> int:

@@ -2,10 +2,12 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from qspec_llm.engine.accept import accept
+from qspec_llm.engine.accept import Accepted, accept, in_order
+from qspec_llm.engine.batch import Span
 from qspec_llm.engine.draft import draft
 from qspec_llm.engine.emit import Emission, emit
 from qspec_llm.engine.params import SamplingParams
@@ -17,10 +19,19 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.kv.blocks import BLOCK_SIZE, BlockAllocator
 from qspec_llm.weights.view import VERIFY, View
 
-__all__ = ["MAX_GAMMA", "Engine", "StepSeconds", "check_gamma"]
+__all__ = ["MAX_GAMMA", "Advancer", "Engine", "StepSeconds", "check_gamma"]
 
 MAX_GAMMA = 16  # tokens drafted in a cycle
 MAX_ROWS = 512  # rows computed in a step: a longer prompt is processed in chunks
+
+
+class Advancer(Protocol):
+    """Runs whole cycles of the spans that it can, and leaves the rest (`engine/cycle`)."""
+
+    gpu_seconds: float  # busy with them
+
+    def advance(self, spans: Sequence[Span]) -> dict[int, Accepted]:
+        """Outcomes by request id."""
 
 
 @dataclass
@@ -47,6 +58,7 @@ class Engine:
         gamma: tokens to draft in each cycle, unless a request says otherwise; 0 for none.
         max_batch: requests that run at once.
         max_rows: rows computed in one step.
+        graphs: makes what runs whole cycles at once, where the backend has that; None for none.
     """
 
     def __init__(
@@ -58,6 +70,7 @@ class Engine:
         gamma: int,
         max_batch: int,
         max_rows: int = MAX_ROWS,
+        graphs: Callable[[BlockAllocator], Advancer] | None = None,
     ) -> None:
         num_blocks = runner.kv[0].keys.shape[0] // BLOCK_SIZE
         self.seconds = StepSeconds()
@@ -65,7 +78,9 @@ class Engine:
         self._gamma = check_gamma(gamma)
         # room for every running request's cycle, so that load never shortens a draft
         max_rows = max(max_rows, max_batch * (MAX_GAMMA + 1))
-        self._scheduler = Scheduler(BlockAllocator(num_blocks), max_batch, max_rows)
+        blocks = BlockAllocator(num_blocks)
+        self._scheduler = Scheduler(blocks, max_batch, max_rows)
+        self.cycles = graphs(blocks) if graphs is not None else None
         self._cache_tokens = num_blocks * BLOCK_SIZE
         self._num_requests = 0
 
@@ -145,11 +160,13 @@ class Engine:
         batch = self._scheduler.schedule()
         num_before = [len(span.request.output) for span in batch.spans]
         drafting = time.perf_counter()
-        drafts = draft(self._runner, batch, self._draft_view)
+        advanced = self.cycles.advance(batch.spans) if self.cycles is not None else {}
+        rest = batch.without(advanced)
+        drafts = draft(self._runner, rest, self._draft_view)
         verifying = time.perf_counter()
-        logits = self._runner.forward(batch.extend(drafts.tokens), VERIFY)  # overwrites draft KV
+        logits = self._runner.forward(rest.extend(drafts.tokens), VERIFY)  # overwrites draft KV
         accepting = time.perf_counter()
-        accepted = accept(batch, drafts, logits)
+        accepted = in_order(batch, advanced, accept(rest, drafts, logits))
         self._scheduler.commit(batch, accepted)
         emissions = emit(batch, accepted, num_before)
         self.seconds.draft += verifying - drafting

@@ -12,7 +12,7 @@ from torch import Tensor
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Packed, Rows, reference
 from qspec_llm.kernels.cuda.device import gpu
-from qspec_llm.kernels.triton.quantize import Quantized
+from qspec_llm.kernels.cuda.quantized import Quantized
 from qspec_llm.weights.planes import Dense, Planes, Stored
 from qspec_llm.weights.view import View
 

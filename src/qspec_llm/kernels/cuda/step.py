@@ -13,18 +13,15 @@ from torch import Tensor
 
 from qspec_llm.kernels import Forward, LayerKV, Rows
 from qspec_llm.kernels.cuda.matrices import embed, linear, takes_quantized
+from qspec_llm.kernels.cuda.quantized import Quantized
 from qspec_llm.kernels.triton.attention import attend_decode
 from qspec_llm.kernels.triton.norms import add_rms_norm, rms_norm
 from qspec_llm.kernels.triton.prompt import attend_prompt
-from qspec_llm.kernels.triton.quantize import Quantized
 from qspec_llm.kernels.triton.rope import rotate_and_write
 from qspec_llm.kernels.triton.swiglu import silu_mul
 from qspec_llm.weights.view import Activation, View
 
 __all__ = ["whole_step"]
-
-TOPS = {Activation.A8: 127, Activation.A4: 7, Activation.A16: 0}
-
 
 def whole_step(decoder: Any) -> Forward | None:
     """A replacement for `Decoder.forward` with equal results."""
@@ -51,29 +48,29 @@ class _WholeStep:
     ) -> Tensor:
         """What `Decoder.forward` returns, for tensors on the GPU."""
         decoder, eps = self._decoder, self._decoder.config.norm_eps
-        top = TOPS[view.activation] if view.is_draft else 0
+        form = view.activation if view.is_draft else None
         x, delta = embed(tokens, decoder.embedding, decoder.dtype), None
         for layer, layer_kv in zip(decoder.layers, kv, strict=True):
-            x, hidden = add_rms_norm(x, delta, layer.input_norm, eps, self._top(layer.qkv, top))
+            x, hidden = add_rms_norm(x, delta, layer.input_norm, eps, self._form(layer.qkv, form))
             qkv = self._linear(hidden, layer.qkv, view, rows)
-            attended = self._attend(qkv, layer, layer_kv, rows, self._top(layer.output, top))
+            attended = self._attend(qkv, layer, layer_kv, rows, self._form(layer.output, form))
             delta = self._linear(attended, layer.output, view, rows)
             post_norm = layer.post_attention_norm
-            x, hidden = add_rms_norm(x, delta, post_norm, eps, self._top(layer.gate_up, top))
+            x, hidden = add_rms_norm(x, delta, post_norm, eps, self._form(layer.gate_up, form))
             gate_up = self._linear(hidden, layer.gate_up, view, rows)
-            inner = silu_mul(gate_up, self._top(layer.down, top))
+            inner = silu_mul(gate_up, self._form(layer.down, form))
             delta = self._linear(inner, layer.down, view, rows)
         if logit_rows is not None:
             if logit_rows.numel() == 0:
                 return x.new_zeros(0, decoder.config.vocab_size, dtype=torch.float32)
             x, delta = x[logit_rows], delta[logit_rows]
-        _, hidden = add_rms_norm(x, delta, decoder.final_norm, eps, self._top(decoder.head, top))
+        _, hidden = add_rms_norm(x, delta, decoder.final_norm, eps, self._form(decoder.head, form))
         return self._linear(hidden, decoder.head, view, rows, torch.float32)
 
-    def _top(self, layer: Any, top: int) -> int:
-        """`top` where every part of a linear takes quantised activations, else 0."""
+    def _form(self, layer: Any, form: Activation | None) -> Activation | None:
+        """How to quantise the input of a linear: not at all if one of its parts is dense."""
         takes = all(takes_quantized(weight, self._decoder.dtype) for weight, _ in layer.parts)
-        return top if takes else 0
+        return form if takes and form is not Activation.A16 else None
 
     def _linear(
         self,
@@ -88,7 +85,7 @@ class _WholeStep:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _attend(
-        self, qkv: Tensor, layer: Any, kv: LayerKV, rows: Rows, top: int
+        self, qkv: Tensor, layer: Any, kv: LayerKV, rows: Rows, form: Activation | None
     ) -> Tensor | Quantized:
         """q, k, v [R, (heads + 2 KV heads) D] to the attention's rows [R, heads D]."""
         decoder = self._decoder
@@ -105,5 +102,5 @@ class _WholeStep:
         if rows.is_prompt:
             return attend_prompt(query, kv, rows).flatten(1)
         max_context = rows.block_tables.shape[1] * kv.block_size
-        out = attend_decode(query, kv, rows, max_context, top if self._has_whole_groups else 0)
+        out = attend_decode(query, kv, rows, max_context, form if self._has_whole_groups else None)
         return out if isinstance(out, Quantized) else out.flatten(1)

@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows
+from qspec_llm.kernels.cuda.quantized import Quantized
 from qspec_llm.kernels.triton.launch import next_power, options, start
-from qspec_llm.kernels.triton.quantize import Quantized, allocate
+from qspec_llm.kernels.triton.quantize import codes_of, group_and_top
+from qspec_llm.weights.view import Activation
 
 __all__ = ["SPLIT", "attend_decode", "num_splits_of"]
 
@@ -32,7 +34,7 @@ def num_splits_of(context: int) -> int:
 
 @triton.jit
 def _decode_kernel(
-    query, keys, values, out, codes, scales, sums, tops, norms, totals, counters,
+    query, keys, values, out, codes, meta, pitch, tops, norms, totals, counters,
     positions, cu_rows, contexts, tables, table_stride, max_splits, scale,
     NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
@@ -87,7 +89,7 @@ def _decode_kernel(
             for low in range(0, num_queries, TILE):
                 m = low + tl.arange(0, TILE)
                 _merge(
-                    out, codes, scales, sums, tops, norms, totals, max_splits, num_splits,
+                    out, codes, meta, pitch, tops, norms, totals, max_splits, num_splits,
                     first + m // RATIO, kv_head * RATIO + m % RATIO, m < num_queries, d,
                     NUM_HEADS, HEAD, TILE, MERGED, GROUP, TOP,
                 )  # fmt: skip
@@ -95,7 +97,7 @@ def _decode_kernel(
 
 @triton.jit
 def _merge(
-    out, codes, scales, sums, tops, norms, totals, max_splits, num_splits, row, head, is_query, d,
+    out, codes, meta, pitch, tops, norms, totals, max_splits, num_splits, row, head, is_query, d,
     NUM_HEADS: tl.constexpr, HEAD: tl.constexpr, TILE: tl.constexpr, MERGED: tl.constexpr,
     GROUP: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
@@ -132,16 +134,16 @@ def _merge(
     if GROUP:
         # whole groups lie within a head
         NUM_GROUPS: tl.constexpr = HEAD // GROUP
-        grouped = tl.reshape(result.to(tl.float32), (TILE, NUM_GROUPS, GROUP))
-        scale = tl.div_rn(tl.max(tl.abs(grouped), 2), TOP * 1.0)
-        ratio = tl.div_rn(grouped, tl.maximum(scale, 1.1754943508222875e-38)[:, :, None])
-        rounded = (ratio + 12582912.0) - 12582912.0
-        rounded = tl.minimum(tl.maximum(rounded, -TOP * 1.0), TOP * 1.0).to(tl.int32)
-        code = tl.reshape(rounded, (TILE, BLOCK_D)).to(tl.int8)
-        tl.store(codes + ((row * NUM_HEADS + head) * HEAD)[:, None] + d[None, :], code, is_out)
-        at = ((row * NUM_HEADS + head) * NUM_GROUPS)[:, None] + tl.arange(0, NUM_GROUPS)[None, :]
-        tl.store(scales + at, scale, is_query[:, None])
-        tl.store(sums + at, tl.sum(rounded, 2), is_query[:, None])
+        wide = tl.reshape(result.to(tl.float32), (TILE, NUM_GROUPS, GROUP))
+        code, scale = codes_of(wide, TOP, 2)
+        halves = tl.permute(tl.reshape(code, (TILE, HEAD // 16, 2, 8)), (0, 1, 3, 2))
+        at = ((row * NUM_HEADS + head) * HEAD)[:, None] + d[None, :]
+        tl.store(codes + at, tl.reshape(halves, (TILE, BLOCK_D)).to(tl.int8), is_out)
+        every = (head * NUM_GROUPS)[:, None] + tl.arange(0, NUM_GROUPS)[None, :]
+        at = (every * pitch + row[:, None]) * 2
+        bits = tl.reshape(scale, (TILE, NUM_GROUPS)).to(tl.int32, bitcast=True)
+        tl.store(meta + at, bits, is_query[:, None])
+        tl.store(meta + at + 1, tl.sum(code, 2), is_query[:, None])
     else:
         tl.store(out + ((row * NUM_HEADS + head) * HEAD)[:, None] + d[None, :], result, is_out)
 
@@ -153,7 +155,11 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def attend_decode(
-    query: Tensor, kv: LayerKV, rows: Rows, max_context: int, top: int = 0
+    query: Tensor,
+    kv: LayerKV,
+    rows: Rows,
+    max_context: int,
+    activation: Activation | None = None,
 ) -> Tensor | Quantized:
     """Causal attention of a few rows a sequence, scaled by 1/sqrt(D).
 
@@ -162,10 +168,10 @@ def attend_decode(
         kv: the cache of this layer.
         rows: where the rows sit.
         max_context: no sequence has more keys (a larger bound costs only idle programs).
-        top: largest quantised magnitude, 127 (a8) or 7 (a4); 0 for the dtype of `query`.
+        activation: how to quantise the result, whose groups must not span heads; None for none.
 
     Returns:
-        [R, heads, D], or the quantised rows [R, heads D].
+        [R, heads, D] in the dtype of `query`, or the quantised rows [R, heads D].
     """
     num_rows, num_heads, head_dim = query.shape
     num_kv, device = kv.keys.shape[1], query.device
@@ -173,16 +179,21 @@ def attend_decode(
     assert num_seqs * num_kv <= MAX_COUNTERS, f"{num_seqs} sequences are too many for one step"
     parts = torch.empty((2, num_rows, num_heads, max_splits), device=device)
     totals = torch.empty((num_rows, num_heads, max_splits, head_dim), device=device)
-    quantized = allocate(num_rows, num_heads * head_dim, top, device) if top else None
-    out = query if quantized else torch.empty_like(query)
+    group, top = group_and_top(num_heads * head_dim, activation)
+    out: Tensor | Quantized
+    if activation is None:
+        out = torch.empty_like(query)
+        targets = (out, out, out, 0)
+    else:
+        assert head_dim % group == 0, f"groups of {group} span heads of {head_dim}"
+        out = Quantized.empty(num_rows, num_heads * head_dim, activation, device)
+        targets = (query, out.codes, out.meta, out.meta.shape[1])
     _decode_kernel[(max_splits, num_kv, num_seqs)](
-        query, kv.keys, kv.values, out, *(quantized.tensors() if quantized else (out, out, out)),
-        parts[0], parts[1], totals, _counters(device),
+        query, kv.keys, kv.values, *targets, parts[0], parts[1], totals, _counters(device),
         rows.positions, rows.cu_rows, rows.contexts, rows.block_tables,
         rows.block_tables.stride(0), max_splits, head_dim**-0.5,
         NUM_HEADS=num_heads, NUM_KV=num_kv, HEAD=head_dim, BLOCK_D=next_power(head_dim, 16),
         BLOCK_SIZE=kv.block_size, TILE=TILE, SPLIT=SPLIT, MERGED=MERGED,
-        IS_WIDE=query.dtype is torch.float32, GROUP=quantized.group if quantized else 0, TOP=top,
-        **options(4),
+        IS_WIDE=query.dtype is torch.float32, GROUP=group, TOP=top, **options(4),
     )  # fmt: skip
-    return quantized or out
+    return out

@@ -10,15 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qspec_llm.kernels.cuda.quantized import Quantized
 from qspec_llm.kernels.triton.launch import next_power, options, start
-from qspec_llm.kernels.triton.quantize import Quantized, allocate, quantize_columns
+from qspec_llm.kernels.triton.quantize import group_and_top, quantize_columns
+from qspec_llm.weights.view import Activation
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x, delta, total, weight, out, codes, scales, sums, num_rows, num_cols, stride, num_heads, eps,
+    x, delta, total, weight, out, codes, meta, pitch, num_cols, stride, num_heads, eps,
     HAS_DELTA: tl.constexpr, GROUP: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +40,7 @@ def _rms_norm_kernel(
     normed = wide * (1 / tl.sqrt_rn(mean + eps)) * scale
     if GROUP:
         rounded = normed.to(x.dtype.element_ty).to(tl.float32)
-        quantize_columns(rounded, codes, scales, sums, row, 0, num_rows, num_cols, GROUP, TOP, BLOCK)
+        quantize_columns(rounded, codes, meta, pitch, row, 0, num_cols, GROUP, TOP, BLOCK)
     else:
         tl.store(out + row * num_cols + col, normed.to(out.dtype.element_ty), is_in)
 
@@ -57,7 +59,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, top: int
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, activation: Activation | None
 ) -> tuple[Tensor, Tensor | Quantized]:
     """The residual stream after `delta` is added, and its norm, quantised where `top` is not 0.
 
@@ -66,11 +68,11 @@ def add_rms_norm(
         delta: [R, K] to add, or None.
         weight: [K].
         eps: added to the mean square.
-        top: largest quantised magnitude, 127 (a8) or 7 (a4); 0 to leave the norm in x's dtype.
+        activation: how to quantise the norm; None leaves it in x's dtype.
     """
     total = x if delta is None else torch.empty_like(x)
-    if top:
-        quantized = allocate(x.shape[0], x.shape[1], top, x.device)
+    if activation is not None:
+        quantized = Quantized.empty(x.shape[0], x.shape[1], activation, x.device)
         _launch(x, delta, total, weight, eps, None, quantized)
         return total, quantized
     out = torch.empty_like(x)
@@ -88,14 +90,16 @@ def _launch(
     quantized: Quantized | None,
 ) -> None:
     num_cols, num_rows = x.shape[-1], x.numel() // x.shape[-1]
-    block = next_power(num_cols, 32)
+    block = next_power(num_cols, 64)
+    group, top = group_and_top(num_cols, quantized.activation if quantized is not None else None)
     _rms_norm_kernel[(num_rows,)](
         x, x if delta is None else delta, total, weight, x if out is None else out,
-        *((x, x, x) if quantized is None else quantized.tensors()),
-        num_rows, num_cols, x.stride(0), num_rows // x.shape[0], eps,
+        x if quantized is None else quantized.codes,
+        x if quantized is None else quantized.meta,
+        0 if quantized is None else quantized.meta.shape[1], num_cols, x.stride(0), num_rows // x.shape[0], eps,
         HAS_DELTA=delta is not None,
-        GROUP=0 if quantized is None else quantized.group,
-        TOP=0 if quantized is None else quantized.top,
+        GROUP=group,
+        TOP=top,
         BLOCK=block,
         **options(min(16, max(1, block // 256))),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from qspec_llm.kernels.triton.launch import next_power, options, start
 __all__ = ["Lines", "Places", "accept", "choose", "place", "uniform"]
 
 CHUNK = 4096  # logits of one program
+PLAN = 5  # entries of a line's plan before its blocks
 MAX_ROWS = 1 << 14  # rows of one launch of `choose`
 
 
@@ -27,20 +28,18 @@ class Lines:
     """State of B sequences.
 
     Attributes:
-        token: [B] int64, the last known token.
-        position: [B] int64, its position; everything before is final.
-        gamma: [B] int64, tokens to draft.
-        end: [B] int64, tokens at which the sequence ends.
-        capacity: [B] int64, tokens that its blocks hold.
-        tables: [B, blocks] int64.
+        state: [B, 2] int64: the last known token, and its position. All before it is final.
+        plan: [B, 5 + blocks] int64: tokens to draft, tokens at which the sequence ends, tokens that
+            its blocks hold, its seed's 64 bits, which completion it is, then its blocks.
     """
 
-    token: Tensor
-    position: Tensor
-    gamma: Tensor
-    end: Tensor
-    capacity: Tensor
-    tables: Tensor
+    state: Tensor
+    plan: Tensor
+
+    @property
+    def tables(self) -> Tensor:
+        """[B, blocks] int64."""
+        return self.plan[:, PLAN:]
 
 
 @dataclass(frozen=True)
@@ -77,27 +76,27 @@ class Places:
 
 @triton.jit
 def _place_kernel(
-    token, position, gamma, end, capacity, tables, table_stride, by_line, by_step, contexts,
-    drafts, num_lines,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, OVERLAP: tl.constexpr,
+    state, plan, stride, by_line, by_step, contexts, drafts, num_lines,
+    PLAN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     line = tl.arange(0, BLOCK)
     is_in = line < num_lines
+    mine = plan + line * stride
     start(OVERLAP)
-    last = tl.load(position + line, is_in, other=0)
-    room = tl.load(end + line, is_in, other=0) - last - 2  # drafts before the last token
-    num_drafts = tl.minimum(tl.load(gamma + line, is_in, other=0), tl.minimum(room, WIDTH - 1))
-    held = tl.load(capacity + line, is_in, other=0)
-    is_live = is_in & (room >= 0) & (last + 1 + num_drafts <= held)
+    last = tl.load(state + 2 * line + 1, is_in, other=0)
+    room = tl.load(mine + 1, is_in, other=0) - last - 2  # drafts before the last token
+    num_drafts = tl.minimum(tl.load(mine, is_in, other=0), tl.minimum(room, WIDTH - 1))
+    is_live = is_in & (room >= 0) & (last + 1 + num_drafts <= tl.load(mine + 2, is_in, other=0))
     tl.store(drafts + line, tl.where(is_live, num_drafts, -1), is_in)
-    known = tl.load(token + line, is_in, other=0)
+    known = tl.load(state + 2 * line, is_in, other=0)
     tl.store(by_line + line * WIDTH, known, is_in)
     tl.store(by_step + line, known, is_in)
     size = num_lines * WIDTH
     for step in tl.static_range(WIDTH):
         is_row = is_live & (step <= num_drafts)
         at = last + step
-        block = tl.load(tables + line * table_stride + at // BLOCK_SIZE, is_row, other=0)
+        block = tl.load(mine + PLAN + at // BLOCK_SIZE, is_row, other=0)
         slot = tl.where(is_row, block * BLOCK_SIZE + at % BLOCK_SIZE, -1)
         at = tl.where(is_row, at, 0)
         tl.store(by_line + size + line * WIDTH + step, at, is_in)
@@ -113,9 +112,9 @@ def place(lines: Lines, places: Places, block_size: int) -> None:
     """Lay out the rows of a cycle; drafted tokens come later."""
     width, num_lines = places.by_step.shape[1:]
     _place_kernel[(1,)](
-        lines.token, lines.position, lines.gamma, lines.end, lines.capacity, lines.tables,
-        lines.tables.stride(0), places.by_line, places.by_step, places.contexts, places.drafts,
-        num_lines, WIDTH=width, BLOCK=next_power(num_lines), BLOCK_SIZE=block_size, **options(1),
+        lines.state, lines.plan, lines.plan.stride(0), places.by_line, places.by_step,
+        places.contexts, places.drafts, num_lines,
+        PLAN=PLAN, WIDTH=width, BLOCK=next_power(num_lines), BLOCK_SIZE=block_size, **options(1),
     )  # fmt: skip
 
 
@@ -192,40 +191,37 @@ def _philox(c0, c1, c2, c3, seed):
 
 @triton.jit
 def _uniform_kernel(
-    out, seed, sample, position, num_lines, offset, STREAM: tl.constexpr, BLOCK: tl.constexpr,
+    out, state, plan, stride, num_lines, offset, STREAM: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_in = index < num_lines * WIDTH
     line = index // WIDTH
     start(OVERLAP)
-    at = tl.load(position + line, is_in, other=0) + index % WIDTH + offset
+    at = tl.load(state + 2 * line + 1, is_in, other=0) + 1 + offset + index % WIDTH
     word = _philox(
         at.to(tl.uint32),
         tl.full((BLOCK,), STREAM, tl.uint32),
-        tl.load(sample + line, is_in, other=0).to(tl.uint32),
+        tl.load(plan + line * stride + 4, is_in, other=0).to(tl.uint32),
         tl.zeros((BLOCK,), tl.uint32),
-        tl.load(seed + line, is_in, other=0),
+        tl.load(plan + line * stride + 3, is_in, other=0),
     )
     tl.store(out + index, word.to(tl.float64) * 2.3283064365386963e-10, is_in)
 
 
-def uniform(
-    seed: Tensor, sample: Tensor, position: Tensor, width: int, offset: int, stream: int
-) -> Tensor:
+def uniform(lines: Lines, width: int, offset: int, stream: int) -> Tensor:
     """Uniform numbers [B, width] float64 in [0, 1), those of engine/random.uniform.
 
     Args:
-        seed, sample: [B] int64, the seed's 64 bits as they are.
-        position: [B] int64; line b's numbers are those of positions from position[b] + offset on.
-        width: positions of each line.
-        offset: see above.
+        lines: whose seeds, completions and positions key the draws.
+        width: consecutive tokens to decide for each line.
+        offset: 0 where the first of them is the token after the last known one.
         stream: what is decided.
     """
-    num_lines = seed.shape[0]
-    out = torch.empty((num_lines, width), dtype=torch.float64, device=seed.device)
+    num_lines = lines.state.shape[0]
+    out = torch.empty((num_lines, width), dtype=torch.float64, device=lines.state.device)
     _uniform_kernel[(-(-num_lines * width // 128),)](
-        out, seed, sample, position, num_lines, offset,
+        out, lines.state, lines.plan, lines.plan.stride(0), num_lines, offset,
         STREAM=stream, BLOCK=128, WIDTH=width, **options(4),
     )  # fmt: skip
     return out
@@ -233,15 +229,17 @@ def uniform(
 
 @triton.jit
 def _accept_kernel(
-    choices, tokens, drafts, draws, chance, token, position, out, num_lines,
+    choices, tokens, drafts, draws, chance, state, out, num_lines,
     WIDTH: tl.constexpr, IS_COIN: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     line = tl.arange(0, BLOCK)
     is_in = line < num_lines
     start(OVERLAP)
     num_drafts = tl.load(drafts + line, is_in, other=-1)
+    is_live = num_drafts >= 0
+    mine = out + line * (WIDTH + 2)
     num_accepted = tl.zeros((BLOCK,), tl.int64)
-    stands = num_drafts >= 0
+    stands = is_live
     for step in tl.static_range(WIDTH - 1):
         drafted = tl.load(tokens + line * WIDTH + step + 1, is_in, other=0)
         if IS_COIN:
@@ -250,14 +248,14 @@ def _accept_kernel(
             is_same = drafted == tl.load(choices + line * WIDTH + step, is_in, other=-1)
         stands = stands & is_same & (step < num_drafts)
         num_accepted += stands.to(tl.int64)
-        tl.store(out + line * (WIDTH + 1) + step + 1, drafted, is_in)
+        tl.store(mine + 2 + step, drafted, is_in)
     last = tl.load(choices + line * WIDTH + num_accepted, is_in, other=0)
-    is_live = num_drafts >= 0
-    tl.store(out + line * (WIDTH + 1), tl.where(is_live, num_accepted, -1), is_in)
-    tl.store(out + line * (WIDTH + 1) + num_accepted + 1, last, is_in)
-    at = tl.load(position + line, is_in, other=0)
-    tl.store(position + line, at + num_accepted + 1, is_in & is_live)
-    tl.store(token + line, last, is_in & is_live)
+    at = tl.load(state + 2 * line + 1, is_in, other=0)
+    tl.store(mine, tl.where(is_live, num_accepted, -1), is_in)
+    tl.store(mine + 1, at, is_in)
+    tl.store(mine + 2 + num_accepted, last, is_in)
+    tl.store(state + 2 * line, last, is_in & is_live)
+    tl.store(state + 2 * line + 1, at + num_accepted + 1, is_in & is_live)
 
 
 def accept(
@@ -271,11 +269,11 @@ def accept(
     """Greedy acceptance: a draft stands while it is the verify view's own choice; moves the state.
 
     Args:
-        lines: the state, whose `token` and `position` move on.
+        lines: whose state moves on.
         places: with the drafted tokens.
         choices: [B, W] int64, the verify view's choices.
-        out: [B, W + 1] int64: how many drafts stand (-1: the line was not live), those drafts, the
-            token after them; what follows means nothing.
+        out: [B, W + 2] int64: how many drafts stand (-1: the line was not live), the position the
+            line started from, the drafts that stand, the token after them; the rest means nothing.
         draws: [B, W - 1] float64: for benchmarks only, a draft stands where its draw is below
             `chance`, whatever the verify view chose.
         chance: see there.
@@ -283,6 +281,6 @@ def accept(
     num_lines, width = choices.shape
     _accept_kernel[(1,)](
         choices, places.by_line, places.drafts, out if draws is None else draws, chance,
-        lines.token, lines.position, out, num_lines,
+        lines.state, out, num_lines,
         WIDTH=width, IS_COIN=draws is not None, BLOCK=next_power(num_lines), **options(1),
     )  # fmt: skip

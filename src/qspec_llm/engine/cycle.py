@@ -1,0 +1,296 @@
+"""Whole cycles on the GPU: gamma drafts, the verify pass, acceptance and the next cycle's inputs.
+
+A cycle of up to B requests and G drafts is one captured graph, G = 0 included. The state that it
+needs and leaves (the last token and its position) stays on the GPU, so the next cycle is launched
+before the results of this one are read: the host commits, emits and schedules while the GPU works,
+and reads one small buffer a cycle.
+
+What is launched ahead rests on a guess: that the same requests go on. Every result says from which
+position its request started; one that does not fit what the scheduler wants now is dropped and
+computed anew. Nothing needs undoing, since a cycle writes KV only past the watermark.
+
+Requests with options that a graph does not cover take the ordinary step, in the same batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qspec_llm.engine.accept import Accepted
+from qspec_llm.engine.batch import Span
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.random import Stream
+from qspec_llm.engine.request import Request
+from qspec_llm.errors import QSpecError
+from qspec_llm.kernels import LayerKV, Rows
+from qspec_llm.kernels.triton.attention import SPLIT
+from qspec_llm.kernels.triton.tokens import PLAN, Lines, Places, accept, choose, place, uniform
+from qspec_llm.kv.blocks import BLOCK_SIZE, BlockAllocator, blocks_for
+from qspec_llm.model.decoder import Decoder
+from qspec_llm.weights.view import VERIFY, View
+
+__all__ = ["Cycles", "covers"]
+
+SPLIT_BLOCKS = SPLIT // BLOCK_SIZE  # blocks that attention takes together
+# options that a graph covers or that concern the host alone; any other must have its default
+COVERED = {"max_tokens", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "n"}
+
+
+def covers(params: SamplingParams) -> bool:
+    """Whether a graph can decide these requests' tokens: greedy, and no option that it lacks."""
+    others = (field for field in fields(params) if field.name not in COVERED)
+    if not params.is_greedy:
+        return False
+    unused = {"top_p", "top_k", "min_p"}  # they change no greedy choice
+    return all(getattr(params, f.name) == f.default for f in others if f.name not in unused)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a graph is captured for: lines, drafts, and blocks of a line's table."""
+
+    num_lines: int
+    num_drafts: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One captured cycle; `launch` starts it, `out` [B, W + 2] holds its results."""
+
+    shape: _Shape
+    launch: Callable[[], None]
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A launched cycle: whose it is, and where its results arrive once `done`."""
+
+    requests: tuple[Request, ...]
+    results: Tensor  # [B, W + 2] int64, pinned
+    begun: Any
+    done: Any
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Whose it is."""
+        return [request.request_id for request in self.requests]
+
+    def wait(self) -> list[list[int]]:
+        """Its results, one list a line."""
+        self.done.synchronize()
+        rows: list[list[int]] = self.results.tolist()
+        return rows
+
+
+class Cycles:
+    """Runs the cycles of those spans of a batch that graphs cover.
+
+    Args:
+        decoder: a model whose backend can be captured.
+        kv: its cache.
+        draft_view: the view that proposes.
+        blocks: whence requests get room for a cycle that is launched ahead.
+        max_batch: requests that run at once.
+        chance: for benchmarks only: a draft stands by a coin with this chance, not by the verify
+            view's choice.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: tuple[LayerKV, ...],
+        draft_view: View,
+        blocks: BlockAllocator,
+        max_batch: int,
+        chance: float | None = None,
+    ) -> None:
+        self.gpu_seconds = 0.0  # from the start to the end of every cycle that was waited for
+        self._decoder, self._kv, self._draft_view = decoder, kv, draft_view
+        self._blocks, self._chance = blocks, chance
+        self._device = decoder.ops.device
+        num_blocks = min(blocks.num_blocks, blocks_for(decoder.cos.shape[0]))
+        self._max_blocks = -(-num_blocks // SPLIT_BLOCKS) * SPLIT_BLOCKS
+        num_lines = _bucket(max_batch)
+        self._state = self._zeros(num_lines, 2)
+        self._plan = self._zeros(num_lines * (PLAN + self._max_blocks))
+        self._recorder = _Recorder(self._device)
+        self._graphs: dict[_Shape, _Graph] = {}
+        self._ahead: _Flight | None = None
+
+    def advance(self, spans: Sequence[Span]) -> dict[int, Accepted]:
+        """Run one cycle of the spans that graphs cover: outcomes by request id."""
+        wanted = {span.request.request_id: span for span in spans if _is_covered(span)}
+        outcomes: dict[int, Accepted] = {}
+        flight, self._ahead = self._ahead, None
+        with torch.inference_mode():
+            if flight is not None:
+                if flight.request_ids == list(wanted):
+                    self._ahead = self._launch_ahead(flight.requests)
+                outcomes = self._outcomes(flight, wanted)
+            if fresh := [span for key, span in wanted.items() if key not in outcomes]:
+                requests = tuple(span.request for span in fresh)
+                state = [[span.tokens[0], span.start] for span in fresh]
+                self._upload(self._state[: len(fresh)], state)
+                flight = self._launch(requests)
+                self._ahead = None if outcomes else self._launch_ahead(requests)
+                outcomes |= self._outcomes(flight, wanted)
+        assert len(outcomes) == len(wanted), "a request's blocks do not hold its cycle"
+        return outcomes
+
+    def _outcomes(self, flight: _Flight, wanted: dict[int, Span]) -> dict[int, Accepted]:
+        """What a flight decided for the spans that start where it started."""
+        results = flight.wait()
+        self.gpu_seconds += flight.begun.elapsed_time(flight.done) / 1e3
+        outcomes = {}
+        for key, (num_accepted, start, *tokens) in zip(flight.request_ids, results, strict=False):
+            span = wanted.get(key)
+            if span is not None and span.start == start and num_accepted >= 0:
+                outcomes[key] = Accepted(tuple(tokens[: num_accepted + 1]), num_accepted)
+        return outcomes
+
+    def _launch_ahead(self, requests: tuple[Request, ...]) -> _Flight | None:
+        """The cycle after the one being computed, unless every request ends in that one."""
+        if all(request.num_tokens + 1 >= request.max_total for request in requests):
+            return None
+        for request in requests:
+            # this cycle and the next, every draft accepted; where it fails the line sits out
+            num_tokens = request.num_tokens + 2 * (request.gamma + 1)
+            self._blocks.grow(request.blocks, min(num_tokens, request.max_total))
+        return self._launch(requests)
+
+    def _launch(self, requests: tuple[Request, ...]) -> _Flight:
+        num_drafts = max(request.gamma for request in requests)
+        longest = max(len(request.blocks) for request in requests)
+        num_blocks = min(_bucket(-(-longest // SPLIT_BLOCKS)) * SPLIT_BLOCKS, self._max_blocks)
+        shape = _Shape(_bucket(len(requests)), num_drafts, num_blocks)
+        graph = self._graphs.get(shape)
+        if graph is None:
+            graph = self._graphs[shape] = self._capture(shape)
+        plan = [_plan(request, num_blocks) for request in requests]
+        plan += [[0] * (PLAN + num_blocks)] * (shape.num_lines - len(requests))
+        self._upload(self._lines(shape).plan, plan)
+        begun, done = self._recorder.event(), self._recorder.event()
+        begun.record()
+        graph.launch()
+        results = self._recorder.fetch(graph.out)
+        done.record()
+        return _Flight(requests, results, begun, done)
+
+    def _lines(self, shape: _Shape) -> Lines:
+        size = shape.num_lines * (PLAN + shape.num_blocks)
+        return Lines(self._state[: shape.num_lines], self._plan[:size].view(shape.num_lines, -1))
+
+    def _capture(self, shape: _Shape) -> _Graph:
+        """A graph of the cycle; capturing runs it once, with lines that are not live."""
+        out = self._zeros(shape.num_lines, shape.num_drafts + 3)
+        places = Places.empty(shape.num_lines, shape.num_drafts, self._device)
+        bounds = torch.arange(shape.num_lines + 1, device=self._device)
+        lines = self._lines(shape)
+        kept = lines.plan.clone()
+        lines.plan.zero_()
+        launch = self._recorder.capture(lambda: self._cycle(lines, places, bounds, out))
+        lines.plan.copy_(kept)
+        return _Graph(shape, launch, out)
+
+    def _cycle(self, lines: Lines, places: Places, bounds: Tensor, out: Tensor) -> None:
+        """gamma drafts, the verify pass, acceptance: everything on the GPU."""
+        width, num_lines = places.by_step.shape[1:]
+        place(lines, places, BLOCK_SIZE)
+        for step in range(width - 1):
+            tokens, positions, slots = places.by_step[:, step]
+            rows = Rows(positions, slots, bounds, places.contexts[step], lines.tables, False)
+            logits = self._decoder.forward(tokens, rows, self._kv, self._draft_view, None)
+            choose(logits, places.by_line[0, :, step + 1], places.by_step[0, step + 1])
+        tokens, positions, slots = places.by_line.view(3, -1)
+        rows = Rows(
+            positions, slots, bounds * width, places.contexts[width], lines.tables, False
+        )
+        logits = self._decoder.forward(tokens, rows, self._kv, VERIFY, None)
+        choices = torch.empty_like(places.by_line[0])
+        choose(logits, choices.view(-1))
+        if self._chance is None or width == 1:
+            accept(lines, places, choices, out)
+        else:
+            draws = uniform(lines, width - 1, 0, Stream.ACCEPT)
+            accept(lines, places, choices, out, draws, self._chance)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self._device)
+
+    def _upload(self, target: Tensor, values: list[list[int]]) -> None:
+        target.copy_(self._recorder.pinned(values), non_blocking=True)
+
+
+class _Recorder:
+    """What a GPU does and the interpreter of the tests does not: graphs, events, pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+        # graphs never run at once, so they share their memory
+        self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
+
+    def event(self) -> Any:
+        """An event that can be timed."""
+        return torch.cuda.Event(enable_timing=True) if self._is_gpu else _Instant()
+
+    def pinned(self, values: list[list[int]]) -> Tensor:
+        """Values on the host, where the GPU reads them in its own time."""
+        tensor = torch.tensor(values)
+        return tensor.pin_memory() if self._is_gpu else tensor
+
+    def fetch(self, source: Tensor) -> Tensor:
+        """A copy on the host, whole once an event recorded after this call is done."""
+        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=self._is_gpu)
+        return target.copy_(source, non_blocking=True)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Run `work` once, so that kernels compile, then capture it."""
+        work()
+        if not self._is_gpu:
+            return work
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
+        except torch.OutOfMemoryError:
+            raise QSpecError(
+                "the GPU has no memory left for a step of this batch; choose a smaller max_batch "
+                "or max_tokens_in_kv"
+            ) from None
+        return graph.replay
+
+
+class _Instant:
+    """An event where everything is done at once."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, _: "_Instant") -> float:
+        return 0.0
+
+
+def _is_covered(span: Span) -> bool:
+    """Whether this span is one known token of an answer, of a request that graphs cover."""
+    is_decoding = bool(span.request.output) and span.num_logits == len(span.tokens) == 1
+    return is_decoding and covers(span.request.params)
+
+
+def _plan(request: Request, num_blocks: int) -> list[int]:
+    """A line's plan (kernels/triton/tokens.Lines)."""
+    seed = (request.seed + (1 << 63)) % (1 << 64) - (1 << 63)  # the same 64 bits
+    held = len(request.blocks) * BLOCK_SIZE
+    padding = [0] * (num_blocks - len(request.blocks))
+    return [request.gamma, request.max_total, held, seed, request.sample, *request.blocks, *padding]
+
+
+def _bucket(size: int) -> int:
+    """The power of two that holds `size`."""
+    return 1 << (size - 1).bit_length()
