@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
+
 from qspec_llm.engine.emit import Emission
 from qspec_llm.engine.engine import Engine
 
-__all__ = ["Advance", "interleaved", "run_in_turn"]
+__all__ = ["Advance", "gpu_seconds", "host_seconds", "interleaved", "run_in_turn"]
 
 _Key = TypeVar("_Key", bound=Hashable)
 Advance = Callable[[], None]  # called after every timed call, for a progress bar
@@ -20,16 +22,35 @@ Advance = Callable[[], None]  # called after every timed call, for a progress ba
 WARM_UP_ROUNDS = 1
 
 
+def host_seconds(call: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def gpu_seconds(call: Callable[[], object]) -> float:
+    """Seconds that the GPU takes for what a call launches."""
+    begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    call()
+    done.record()
+    done.synchronize()
+    milliseconds: float = begun.elapsed_time(done)
+    return milliseconds / 1e3
+
+
 def interleaved(
-    cases: Mapping[_Key, Callable[[], object]], rounds: int, advance: Advance | None = None
+    cases: Mapping[_Key, Callable[[], object]],
+    rounds: int,
+    advance: Advance | None = None,
+    clock: Callable[[Callable[[], object]], float] = host_seconds,
 ) -> dict[_Key, float]:
     """Median seconds of each case over `rounds` rounds of all of them, after a warm-up round."""
     seconds: dict[_Key, list[float]] = {key: [] for key in cases}
     for index in range(WARM_UP_ROUNDS + rounds):
         for key, call in cases.items():
-            started = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - started
+            elapsed = clock(call)
             if index >= WARM_UP_ROUNDS:
                 seconds[key].append(elapsed)
             if advance is not None:

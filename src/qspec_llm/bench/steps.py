@@ -7,7 +7,7 @@ step that is not free of gamma).
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qspec_llm.bench.measure import Advance, interleaved
+from qspec_llm.bench.measure import Advance, gpu_seconds, host_seconds, interleaved
 from qspec_llm.engine.engine import Engine, StepSeconds
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner
@@ -63,18 +63,34 @@ def step_costs(
     calls = {}
     for target, decoder in decoders.items():
         capacity = max(contexts) + max(rows)
-        kv = allocate(
-            decoder.config, blocks_for(capacity), decoder.dtype, decoder.ops.device
-        )
+        kv = allocate(decoder.config, blocks_for(capacity), decoder.dtype, decoder.ops.device)
         for context in contexts:
             cases = [(draft_view(draft), 1), *((VERIFY, n) for n in rows)]
             for view, num_rows in cases:
                 case = StepCase(target, view, num_rows, context)
-                calls[case] = partial(_step, decoder, kv, case)
-    return interleaved(calls, rounds, advance)
+                calls[case] = _call(decoder, kv, case)
+    on_gpu = next(iter(decoders.values())).ops.device.type == "cuda"
+    return interleaved(calls, rounds, advance, gpu_seconds if on_gpu else host_seconds)
 
 
-def _step(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> None:
+def _call(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> Callable[[], None]:
+    """A step to time: on a GPU a captured graph, as the engine runs it."""
+    device = decoder.ops.device
+    tokens, rows = _inputs(case)
+    if device.type != "cuda":
+        wanted = torch.arange(case.rows)
+        return partial(_step, decoder, kv, case.view, tokens, rows, wanted)
+    step = partial(_step, decoder, kv, case.view, tokens.to(device), rows.to(device), None)
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _inputs(case: StepCase) -> tuple[Tensor, Rows]:
+    """Tokens and rows of a step."""
     stop = case.context + case.rows
     positions = torch.arange(case.context, stop)
     rows = Rows(
@@ -85,8 +101,19 @@ def _step(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> None:
         block_tables=torch.arange(-(-stop // BLOCK_SIZE))[None],
         is_prompt=False,
     )
+    return positions % 97, rows
+
+
+def _step(
+    decoder: Decoder,
+    kv: tuple[LayerKV, ...],
+    view: View,
+    tokens: Tensor,
+    rows: Rows,
+    wanted: Tensor | None,
+) -> None:
     with torch.inference_mode():
-        decoder.forward(positions % 97, rows, kv, case.view, torch.arange(case.rows))
+        decoder.forward(tokens, rows, kv, view, wanted)
 
 
 class _Timed:

@@ -207,9 +207,7 @@ class Cycles:
             logits = self._decoder.forward(tokens, rows, self._kv, self._draft_view, None)
             choose(logits, places.by_line[0, :, step + 1], places.by_step[0, step + 1])
         tokens, positions, slots = places.by_line.view(3, -1)
-        rows = Rows(
-            positions, slots, bounds * width, places.contexts[width], lines.tables, False
-        )
+        rows = Rows(positions, slots, bounds * width, places.contexts[width], lines.tables, False)
         logits = self._decoder.forward(tokens, rows, self._kv, VERIFY, None)
         choices = torch.empty_like(places.by_line[0])
         choose(logits, choices.view(-1))

@@ -72,7 +72,12 @@ class _WholeStep:
             )
 
     def __call__(
-        self, tokens: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View, logit_rows: Tensor | None
+        self,
+        tokens: Tensor,
+        rows: Rows,
+        kv: Sequence[LayerKV],
+        view: View,
+        logit_rows: Tensor | None,
     ) -> Tensor:
         """What `Decoder.forward` returns."""
         if logit_rows is None:

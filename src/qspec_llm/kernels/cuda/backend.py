@@ -4,12 +4,11 @@ from qspec_llm.kernels.cuda.device import gpu, require_gpu
 
 require_gpu()
 
-from qspec_llm.kernels.cuda.matrices import buffers, embed, linear, pack, unpack  # noqa: E402
+from qspec_llm.kernels.cuda.matrices import buffers, embed, linear, pack, read_memory, unpack  # noqa: E402
 from qspec_llm.kernels.cuda.ops import (  # noqa: E402
     attention,
     configure,
     num_threads,
-    read_memory,
     rms_norm,
     rope,
     silu_mul,

@@ -1,28 +1,36 @@
-"""Packed tensors of this backend: arranged for the kernels, or as stored where no kernel fits.
+"""Packed matrices: the linears' kernels, with the reference's arithmetic for what they do not take.
 
-Tensors that no kernel takes (odd shapes, dense ones of float32) and float32 activations, which tests
-use, go through the reference's arithmetic on the GPU: slow, and as independent by rows.
+float32 activations, which tests compare with, and Triton's interpreter go through `reference.linear`
+on unpacked tensors: slow, and as independent by rows.
 """
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Packed, Rows, reference
+from qspec_llm.kernels.cuda import layout
+from qspec_llm.kernels.cuda import linear as kernels
 from qspec_llm.kernels.cuda.device import gpu
-from qspec_llm.kernels.cuda.quantized import Quantized
-from qspec_llm.weights.planes import Dense, Planes, Stored
+from qspec_llm.kernels.cuda.layout import PackedMatrix, PackedPlanes
+from qspec_llm.kernels.cuda.linear import Quantized
+from qspec_llm.kernels.triton.launch import IS_INTERPRETED, can_overlap
+from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.view import View
 
-__all__ = ["buffers", "embed", "linear", "pack", "takes_quantized", "unpack"]
+__all__ = ["buffers", "embed", "linear", "pack", "read_memory", "takes_quantized", "unpack"]
 
 
 def pack(stored: Stored) -> Packed:
-    """Arrange a stored tensor on the GPU; the same bits, no copy kept."""
+    """Arrange a stored tensor on the GPU; the same bits, no copy kept.
+
+    Raises:
+        QSpecError: the GPU has no room for it.
+    """
+    if IS_INTERPRETED:
+        return stored
     try:
-        return _to_gpu(stored)
+        return layout.pack(stored, gpu())
     except torch.OutOfMemoryError:
         free, total = torch.cuda.mem_get_info()
         raise QSpecError(
@@ -31,32 +39,31 @@ def pack(stored: Stored) -> Packed:
         ) from None
 
 
-def _to_gpu(stored: Stored) -> Stored:
-    if isinstance(stored, Dense):
-        return replace(stored, weight=stored.weight.to(gpu()))
-    moved = {name: tensor.to(gpu()) for name, tensor in stored.tensors().items()}
-    return Planes(spec=stored.spec, **moved)
-
-
 def unpack(packed: Packed) -> Stored:
-    """Undo `pack` exactly, on the GPU."""
-    assert isinstance(packed, Planes | Dense)
-    return packed
+    """Undo `pack` exactly; the tensors stay on the GPU."""
+    return packed if IS_INTERPRETED else layout.unpack(packed)
 
 
 def buffers(packed: Packed) -> list[Tensor]:
     """The tensors that hold its bytes."""
-    return reference.buffers(packed)
+    return reference.buffers(packed) if IS_INTERPRETED else kernels.buffers(packed)
+
+
+def read_memory(memory: Tensor) -> None:
+    """Read every byte of a tensor once: [bytes] uint8, a multiple of 16."""
+    kernels.read_memory(memory)
 
 
 def embed(tokens: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
     """Rows of the embedding: tokens [R] int64 to [R, hidden]."""
-    return reference.embed(tokens, table, dtype)
+    if IS_INTERPRETED:
+        return reference.embed(tokens, table, dtype)
+    return kernels.embed(tokens, table, dtype, pdl=can_overlap())
 
 
 def takes_quantized(packed: Packed, dtype: torch.dtype) -> bool:
     """Whether `linear` takes activations that are quantised already, of rows in `dtype`."""
-    return False
+    return isinstance(packed, PackedPlanes) and dtype is torch.bfloat16
 
 
 def linear(
@@ -66,7 +73,12 @@ def linear(
     view: View,
     rows: Rows,
     out_dtype: torch.dtype | None = None,
+    ahead: tuple[PackedMatrix, View] | None = None,
 ) -> Tensor:
-    """x [R, K] times the view's weights [N, K] transposed, plus bias [N]: [R, N]."""
-    assert isinstance(x, Tensor)
-    return reference.linear(x, weight, bias, view, rows, out_dtype)
+    """x [R, K] times the view's weights [N, K] transposed, plus bias [N]: [R, N].
+
+    `x` may be quantised where `takes_quantized`; `ahead` are the weights that are read next.
+    """
+    if isinstance(x, Tensor) and (IS_INTERPRETED or not kernels.can_run(x)):
+        return reference.linear(x, unpack(weight), bias, view, rows, out_dtype)
+    return kernels.linear(x, weight, bias, view, rows, out_dtype, ahead=ahead, pdl=can_overlap())

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kernels.triton import attention as decode_attention
-from qspec_llm.kernels.triton import norms, prompt, swiglu
+from qspec_llm.kernels.cuda import attention as decode_attention
+from qspec_llm.kernels.cuda import rows as row_kernels
+from qspec_llm.kernels.triton import prompt
 from qspec_llm.kernels.triton import rope as rotation
 from qspec_llm.weights.view import View
 
@@ -14,7 +15,6 @@ __all__ = [
     "attention",
     "configure",
     "num_threads",
-    "read_memory",
     "rms_norm",
     "rope",
     "silu_mul",
@@ -35,14 +35,9 @@ def num_threads() -> int:
     return torch.get_num_threads()
 
 
-def read_memory(memory: Tensor) -> None:
-    """Read every byte of a tensor once: [bytes] uint8, a multiple of 8."""
-    memory.view(torch.int64).sum()
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of [R, K] or [R, heads, K]."""
-    return norms.rms_norm(x, weight, eps)
+    return row_kernels.rms_norm(x, weight, eps)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -59,13 +54,11 @@ def attention(query: Tensor, kv: LayerKV, view: View, rows: Rows) -> Tensor:  # 
     """Causal attention of query [R, heads, D] over the cache at 1/sqrt(D): same shape."""
     if rows.is_prompt:
         return prompt.attend_prompt(query, kv, rows)
-    out = decode_attention.attend_decode(query, kv, rows, rows.block_tables.shape[1] * kv.block_size)
-    assert isinstance(out, Tensor)
-    return out
+    return decode_attention.attend(query, kv, rows)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [R, 2 I] = gate then up: [R, I]."""
-    out = swiglu.silu_mul(gate_up)
+    out = row_kernels.silu_mul(gate_up)
     assert isinstance(out, Tensor)
     return out

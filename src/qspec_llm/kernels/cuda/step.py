@@ -1,8 +1,8 @@
-"""A forward pass with fused kernels: eight launches a layer, the same bits as one by one.
+"""A forward pass with fused kernels: seven launches a layer, the same bits as one by one.
 
-Fused are the residual add with the norm after it and the quantisation after that, RoPE with the write
-of K and V, attention with the merge of its splits and the quantisation after it, SwiGLU with the
-quantisation after it. Nothing here waits for the GPU, so a pass can be captured in a graph.
+Fused are the residual add with the norm after it and the quantisation after that; RoPE, the write of
+K and V, attention, the merge of its splits and the quantisation after it; SwiGLU with the quantisation
+after it. Nothing here waits for the GPU, so a pass can be captured in a graph.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from qspec_llm.kernels import Forward, LayerKV, Rows
+from qspec_llm.kernels.cuda.attention import rotate_write_attend
+from qspec_llm.kernels.cuda.linear import Quantized
 from qspec_llm.kernels.cuda.matrices import embed, linear, takes_quantized
-from qspec_llm.kernels.cuda.quantized import Quantized
-from qspec_llm.kernels.triton.attention import attend_decode
-from qspec_llm.kernels.triton.norms import add_rms_norm, rms_norm
+from qspec_llm.kernels.cuda.rows import add_rms_norm, rms_norm, silu_mul
 from qspec_llm.kernels.triton.prompt import attend_prompt
 from qspec_llm.kernels.triton.rope import rotate_and_write
-from qspec_llm.kernels.triton.swiglu import silu_mul
 from qspec_llm.weights.view import Activation, View
 
 __all__ = ["whole_step"]
+
 
 def whole_step(decoder: Any) -> Forward | None:
     """A replacement for `Decoder.forward` with equal results."""
@@ -35,8 +35,16 @@ class _WholeStep:
         self._decoder = decoder
         config = decoder.config
         self._sizes = [config.query_size, config.kv_size, config.kv_size]
-        # a group of quantised activations must not span two heads
-        self._has_whole_groups = config.head_dim % 64 == 0
+        order = [
+            linear
+            for layer in decoder.layers
+            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        ]
+        # the weights that are read after those of a linear: it fetches their beginning into the L2
+        self._next = {
+            id(linear): following.parts[0][0]
+            for linear, following in zip(order, [*order[1:], decoder.head], strict=True)
+        }
 
     def __call__(
         self,
@@ -81,7 +89,11 @@ class _WholeStep:
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         out_dtype = out_dtype or self._decoder.dtype
-        parts = [linear(x, weight, bias, view, rows, out_dtype) for weight, bias in layer.parts]
+        following = None if rows.is_prompt else self._next.get(id(layer))
+        ahead = None if following is None else (following, view)
+        parts = [
+            linear(x, weight, bias, view, rows, out_dtype, ahead) for weight, bias in layer.parts
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _attend(
@@ -96,11 +108,9 @@ class _WholeStep:
         if layer.q_norm is not None:
             query = rms_norm(query, layer.q_norm, decoder.config.norm_eps)
             key = rms_norm(key, layer.k_norm, decoder.config.norm_eps)
-        query = rotate_and_write(
-            query, key, value, kv, decoder.cos, decoder.sin, rows.positions, rows.slots
-        )
+        angles = (decoder.cos, decoder.sin)
         if rows.is_prompt:
+            query = rotate_and_write(query, key, value, kv, *angles, rows.positions, rows.slots)
             return attend_prompt(query, kv, rows).flatten(1)
-        max_context = rows.block_tables.shape[1] * kv.block_size
-        out = attend_decode(query, kv, rows, max_context, form if self._has_whole_groups else None)
+        out = rotate_write_attend(query, key, value, kv, angles, rows, form)
         return out if isinstance(out, Quantized) else out.flatten(1)

@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kernels.cuda.quantized import Quantized
+from qspec_llm.kernels.cuda.linear import Quantized
 from qspec_llm.kernels.triton.launch import next_power, options, start
 from qspec_llm.kernels.triton.quantize import codes_of, group_and_top
 from qspec_llm.weights.view import Activation
 
-__all__ = ["SPLIT", "attend_decode", "num_splits_of"]
+__all__ = ["SPLIT", "attend_decode", "check_counters", "counters", "num_splits_of"]
 
 SPLIT = 128  # keys of one program
 TILE = 32  # queries of one program
@@ -106,13 +106,9 @@ def _merge(
     base = (row * NUM_HEADS + head) * max_splits
     is_out = is_query[:, None] & (d < HEAD)[None, :]
     top = tl.full((TILE,), float("-inf"), tl.float32)
-    for low in range(0, num_splits, 16):
-        split = low + tl.arange(0, 16)
-        is_in = is_query[:, None] & (split < num_splits)[None, :]
-        found = tl.load(
-            tops + base[:, None] + split[None, :], is_in, other=float("-inf"), cache_modifier=".cg"
-        )
-        top = tl.maximum(top, tl.max(found, 1))
+    for split in range(0, num_splits):
+        found = tl.load(tops + base + split, is_query, other=float("-inf"), cache_modifier=".cg")
+        top = tl.maximum(top, found)
     top = tl.where(top == float("-inf"), 0.0, top)  # a query that is none, or sees no key
     total = tl.zeros((TILE, BLOCK_D), tl.float32)
     norm = tl.zeros((TILE,), tl.float32)
@@ -148,8 +144,13 @@ def _merge(
         tl.store(out + ((row * NUM_HEADS + head) * HEAD)[:, None] + d[None, :], result, is_out)
 
 
+def check_counters(size: int) -> None:
+    """Refuse a launch of more sequences times KV heads than there are counters."""
+    assert size <= MAX_COUNTERS, f"{size} sequences times KV heads are too many for one step"
+
+
 @cache
-def _counters(device: torch.device) -> Tensor:
+def counters(device: torch.device) -> Tensor:
     """Zeros; kernels leave them as they were. One allocation, since captured graphs keep using it."""
     return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
@@ -176,7 +177,7 @@ def attend_decode(
     num_rows, num_heads, head_dim = query.shape
     num_kv, device = kv.keys.shape[1], query.device
     num_seqs, max_splits = rows.contexts.shape[0], num_splits_of(max_context)
-    assert num_seqs * num_kv <= MAX_COUNTERS, f"{num_seqs} sequences are too many for one step"
+    check_counters(num_seqs * num_kv)
     parts = torch.empty((2, num_rows, num_heads, max_splits), device=device)
     totals = torch.empty((num_rows, num_heads, max_splits, head_dim), device=device)
     group, top = group_and_top(num_heads * head_dim, activation)
@@ -189,7 +190,7 @@ def attend_decode(
         out = Quantized.empty(num_rows, num_heads * head_dim, activation, device)
         targets = (query, out.codes, out.meta, out.meta.shape[1])
     _decode_kernel[(max_splits, num_kv, num_seqs)](
-        query, kv.keys, kv.values, *targets, parts[0], parts[1], totals, _counters(device),
+        query, kv.keys, kv.values, *targets, parts[0], parts[1], totals, counters(device),
         rows.positions, rows.cu_rows, rows.contexts, rows.block_tables,
         rows.block_tables.stride(0), max_splits, head_dim**-0.5,
         NUM_HEADS=num_heads, NUM_KV=num_kv, HEAD=head_dim, BLOCK_D=next_power(head_dim, 16),

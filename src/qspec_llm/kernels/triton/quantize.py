@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qspec_llm.kernels.cuda.quantized import Quantized, group_of
+from qspec_llm.kernels.cuda.linear import Quantized, activation_group
 from qspec_llm.kernels.triton.launch import next_power, options, start
 from qspec_llm.weights.view import Activation
 
@@ -22,7 +22,7 @@ def group_and_top(num_cols: int, activation: Activation | None) -> tuple[int, in
     """Columns that share a scale and the largest code: constants of a kernel, 0 and 0 for none."""
     if activation is None:
         return 0, 0
-    return group_of(num_cols, activation), TOPS[activation]
+    return activation_group(num_cols, activation), TOPS[activation]
 
 
 @triton.jit

@@ -1,0 +1,116 @@
+"""Decoding at real sizes without a checkpoint: random weights, and a coin instead of acceptance.
+
+Random weights never agree with themselves at two precisions, so whether a draft stands is drawn with
+a chosen chance. Everything else is the engine's own: scheduling, graphs, KV, sampling of tokens. What
+comes out is a speed and means nothing as text; whoever prints it must say so.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qspec_llm.engine.engine import Engine
+from qspec_llm.engine.graphs import graphs_of
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.runner import Runner
+from qspec_llm.errors import QSpecError
+from qspec_llm.kv.blocks import blocks_for
+from qspec_llm.kv.pool import allocate
+from qspec_llm.model.decoder import Decoder
+from qspec_llm.weights.view import View
+
+__all__ = ["SyntheticRun", "synthetic_decode"]
+
+WARM_UP_STEPS = 4  # graphs are captured in the first ones
+
+
+@dataclass(frozen=True)
+class SyntheticRun:
+    """One way of decoding: how fast, and what share of the time the GPU waited for the host."""
+
+    batch: int
+    gamma: int
+    tokens_per_second: float
+    seconds_per_cycle: float
+    tokens_per_cycle: float
+    host_share: float
+
+
+class _NoText:
+    """A tokenizer for tokens that mean nothing."""
+
+    def encode(self, text: str) -> list[int]:  # noqa: ARG002
+        return []
+
+    def decode(self, token_ids: Sequence[int]) -> str:  # noqa: ARG002
+        return ""
+
+
+def synthetic_decode(
+    decoder: Decoder,
+    view: View,
+    *,
+    batch: int,
+    gamma: int,
+    context: int,
+    num_tokens: int,
+    chance: float,
+) -> SyntheticRun:
+    """Decode `batch` requests of random prompts, and time the cycles after the first ones.
+
+    Args:
+        decoder: on a backend with graphs.
+        view: the view that proposes.
+        batch: requests that run at once.
+        gamma: tokens drafted in each cycle.
+        context: tokens of each prompt.
+        num_tokens: tokens of each answer.
+        chance: of a draft to stand.
+
+    Raises:
+        QSpecError: the backend has no graphs.
+    """
+    num_blocks = batch * (blocks_for(context + num_tokens) + 2)
+    kv = allocate(decoder.config, num_blocks, decoder.dtype, decoder.ops.device)
+    graphs = graphs_of(decoder, kv, view, batch, chance)
+    if graphs is None:
+        raise QSpecError(
+            f"--synthetic-acceptance needs the cuda backend, not {decoder.ops.name!r}: elsewhere "
+            "measure real acceptance with a model"
+        )
+    engine = Engine(
+        Runner(decoder, kv), _NoText(), view, gamma=gamma, max_batch=batch, graphs=graphs
+    )
+    rng = torch.Generator().manual_seed(0)
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, seed=0)
+    vocabulary = decoder.config.vocab_size
+    requests = [
+        engine.add(torch.randint(vocabulary, (context,), generator=rng).tolist(), params, seed=i)
+        for i in range(batch)
+    ]
+    while not all(request.output for request in requests):
+        engine.step()
+    for _ in range(WARM_UP_STEPS):
+        engine.step()
+    assert engine.cycles is not None
+    started, busy = time.perf_counter(), engine.cycles.gpu_seconds
+    num_before = sum(len(request.output) for request in requests)
+    num_cycles = 0
+    # until the first request nears its end, so that all cycles have one shape
+    while all(r.max_total - r.num_tokens > 2 * (gamma + 1) for r in requests):
+        engine.step()
+        num_cycles += 1
+    seconds = time.perf_counter() - started
+    num_made = sum(len(request.output) for request in requests) - num_before
+    for request in requests:
+        engine.abort(request.request_id)
+    return SyntheticRun(
+        batch=batch,
+        gamma=gamma,
+        tokens_per_second=num_made / seconds,
+        seconds_per_cycle=seconds / num_cycles,
+        tokens_per_cycle=num_made / num_cycles / batch,
+        host_share=1 - (engine.cycles.gpu_seconds - busy) / seconds,
+    )

@@ -1,0 +1,146 @@
+// Operations on single rows: the residual add with RMSNorm, and SwiGLU, each with the quantisation of
+// its result. A thread holds vectors of 8 columns; sums have one order, given by the width alone.
+//
+// Defines: WIDTH columns, THREADS, GROUP 0, 32 or 64 and TOP: how the result is quantised (0: it is
+// written in bf16); HAS_DELTA; WEIGHT_FLOAT: the norm's weight is float32, else bf16.
+
+#include "ptx.cuh"
+
+#define VECTORS (WIDTH / 8)
+#define ROUNDS ((VECTORS + THREADS - 1) / THREADS)
+
+typedef long long i64;
+
+DEVICE void unpack(const uint4& packed, float (&x)[8]) {
+  const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+  }
+}
+
+DEVICE uint4 pack(const float (&x)[8]) {
+  u32 words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    words[i] = float_to_bf16(x[2 * i]) | float_to_bf16(x[2 * i + 1]) << 16;
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Writes vector `at` of a row: its 8 columns as bf16 or quantised. All lanes of a warp call it.
+DEVICE void write(const float (&exact)[8], int at, i64 row, u16* out, u8* codes, int2* meta,
+                  int pitch) {
+  const uint4 rounded = pack(exact);
+#if GROUP
+  float x[8], top = 0.f;
+  unpack(rounded, x);
+#pragma unroll
+  for (int i = 0; i < 8; i++) top = fmaxf(top, fabsf(x[i]));
+#pragma unroll
+  for (int step = 1; step < GROUP / 8; step <<= 1)
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  const float scale = __fdiv_rn(top, (float)TOP);
+  const float divisor = fmaxf(scale, 1.1754943508222875e-38f);
+  u32 words[2] = {0, 0};
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int code = max(-TOP, min(TOP, __float2int_rn(__fdiv_rn(x[i], divisor))));
+    words[i / 4] |= (u32)(code & 255) << (i % 4 * 8);
+    sum += code;
+  }
+#pragma unroll
+  for (int step = 1; step < GROUP / 8; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
+  // of every 16 columns the two halves of 8 are interleaved: neighbours swap four codes
+  const bool is_upper = at & 1;
+  const u32 other = __shfl_xor_sync(~0u, is_upper ? words[0] : words[1], 1);
+  const u32 first = is_upper ? other : words[0], second = is_upper ? words[1] : other;
+  if (at < VECTORS) {
+    *(uint2*)(codes + row * WIDTH + at * 8) =
+        make_uint2(permute(first, second, 0x5140), permute(first, second, 0x7362));
+    if (at % (GROUP / 8) == 0)
+      meta[(i64)(at / (GROUP / 8)) * pitch + row] = make_int2(__float_as_int(scale), sum);
+  }
+#else
+  if (at < VECTORS) *(uint4*)(out + row * WIDTH + at * 8) = rounded;
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    add_rms_norm(const u16* x, const u16* delta, u16* total, const void* weight, u16* out, u8* codes,
+                 int2* meta, int pitch, int stride, int num_heads, float eps) {
+  const int thread = threadIdx.x;
+  const i64 row = blockIdx.x;
+  const u16* from = x + row / num_heads * stride + row % num_heads * WIDTH;
+  float values[ROUNDS][8], sum = 0.f;
+  launch_dependents();
+  wait_for_earlier_kernels();
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int at = round * THREADS + thread;
+    if (at < VECTORS) {
+      unpack(*(const uint4*)(from + at * 8), values[round]);
+#if HAS_DELTA
+      float more[8];
+      unpack(*(const uint4*)(delta + row * WIDTH + at * 8), more);
+#pragma unroll
+      for (int i = 0; i < 8; i++) values[round][i] += more[i];
+      const uint4 rounded = pack(values[round]);
+      *(uint4*)(total + row * WIDTH + at * 8) = rounded;
+      unpack(rounded, values[round]);
+#endif
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) values[round][i] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum = __fadd_rn(sum, __fmul_rn(values[round][i], values[round][i]));
+  }
+#pragma unroll
+  for (int step = 16; step; step >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
+#if THREADS > 32
+  __shared__ float sums[THREADS / 32];
+  if (thread % 32 == 0) sums[thread / 32] = sum;
+  __syncthreads();
+  sum = thread % 32 < THREADS / 32 ? sums[thread % 32] : 0.f;
+#pragma unroll
+  for (int step = 16; step; step >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
+#endif
+  const float factor = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(sum, (float)WIDTH), eps)));
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int at = round * THREADS + thread;
+    float normed[8], scale[8] = {};
+    if (at < VECTORS) {
+#if WEIGHT_FLOAT
+      *(float4*)scale = ((const float4*)weight)[at * 2];
+      *(float4*)(scale + 4) = ((const float4*)weight)[at * 2 + 1];
+#else
+      unpack(((const uint4*)weight)[at], scale);
+#endif
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      normed[i] = __fmul_rn(__fmul_rn(values[round][i], factor), scale[i]);
+    write(normed, at, row, out, codes, meta, pitch);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    silu_mul(const u16* gate_up, u16* out, u8* codes, int2* meta, int pitch) {
+  const int at = blockIdx.x * THREADS + threadIdx.x;
+  const i64 row = blockIdx.y;
+  float product[8] = {};
+  launch_dependents();
+  wait_for_earlier_kernels();
+  if (at < VECTORS) {
+    float gate[8], up[8];
+    unpack(*(const uint4*)(gate_up + row * 2 * WIDTH + at * 8), gate);
+    unpack(*(const uint4*)(gate_up + row * 2 * WIDTH + WIDTH + at * 8), up);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      product[i] = __fmul_rn(__fdiv_rn(gate[i], 1.f + expf(-gate[i])), up[i]);
+  }
+  write(product, at, row, out, codes, meta, pitch);
+}
