@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
@@ -32,6 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if no_weights and "weights" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=no_weights))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if "soak" in item.keywords and not is_soak_asked_for:
             item.add_marker(pytest.mark.skip(reason="a soak test; ask for it with -m soak"))
 
@@ -47,8 +50,6 @@ def _why_no_weights() -> str:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests are many and small: threads that wait for each other on a busy machine cost 50x."""
-    import torch
-
     torch.set_num_threads(1)
 
 

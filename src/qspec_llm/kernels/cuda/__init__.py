@@ -1,0 +1,1 @@
+"""The CUDA backend: CUDA C++ kernels, compiled at first use."""
