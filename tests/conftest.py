@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
@@ -29,9 +30,13 @@ if TYPE_CHECKING:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_soak_asked_for = "soak" in (config.option.markexpr or "")
     no_weights = _why_no_weights()
+    # Triton's interpreter stands in for a GPU where it is asked for (tests/kernels/test_triton.py)
+    has_gpu = torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
     for item in items:
         if no_weights and "weights" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=no_weights))
+        if item.get_closest_marker("gpu") and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if "soak" in item.keywords and not is_soak_asked_for:
             item.add_marker(pytest.mark.skip(reason="a soak test; ask for it with -m soak"))
 
@@ -47,8 +52,6 @@ def _why_no_weights() -> str:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests are many and small: threads that wait for each other on a busy machine cost 50x."""
-    import torch
-
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""The GPU's kernels against the reference. They run on a GPU, or in Triton's interpreter if asked."""
+"""The GPU's small kernels against the reference, on a GPU or (TRITON_INTERPRET=1) interpreted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -227,7 +227,7 @@ def test_a_cycle_is_placed_and_accepted(ops: Any) -> None:
     state = lines(ops)
     places = Places.empty(4, 2, ops.device)
     place(state, places, 16)
-    # the second line has room for one token, the blocks of the third hold no draft, the last is idle
+    # the second line has room for one token, the third's blocks hold no draft, the last is idle
     assert places.drafts.tolist() == [2, 0, -1, -1]
     assert places.by_line[1].tolist() == [[10, 11, 12], [20, 0, 0], [0, 0, 0], [0, 0, 0]]
     assert places.by_line[2].tolist() == [[26, 27, 28], [68, -1, -1], [-1] * 3, [-1] * 3]

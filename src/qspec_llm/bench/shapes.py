@@ -126,6 +126,4 @@ def spec_of(
         return PlaneSpec(shape[0], shape[1], group=group, bits=4, grid=Grid.AFFINE)
     bits = 16 if target is Target.BF16 else 8
     draft = 4 if bits == 16 else draft_bits(target)
-    return PlaneSpec(
-        shape[0], shape[1], group=group, bits=bits, grid=Grid.SIGNED, draft_bits=draft
-    )
+    return PlaneSpec(shape[0], shape[1], group=group, bits=bits, grid=Grid.SIGNED, draft_bits=draft)

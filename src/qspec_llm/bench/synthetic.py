@@ -1,8 +1,8 @@
 """Decoding at real sizes without a checkpoint: random weights, and a coin instead of acceptance.
 
-Random weights never agree with themselves at two precisions, so whether a draft stands is drawn with
-a chosen chance. Everything else is the engine's own: scheduling, graphs, KV, sampling of tokens. What
-comes out is a speed and means nothing as text; whoever prints it must say so.
+Random weights never agree with themselves at two precisions, so whether a draft stands is drawn
+with a chosen chance. Everything else is the engine's own: scheduling, graphs, KV. What comes out is
+a speed and means nothing as text; whoever prints it must say so.
 """
 
 import time

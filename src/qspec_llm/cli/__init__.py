@@ -118,9 +118,24 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
     text = "tokens per second, plain and speculative, for every target"
     decode = kinds.add_parser("decode", help=text, description=text, allow_abbrev=False)
-    decode.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    decode.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    decode.add_argument("--prompt-file", metavar="FILE", help="JSON Lines of prompts")
     decode.add_argument(
-        "--prompt-file", required=True, metavar="FILE", help="JSON Lines of prompts"
+        "--shape",
+        choices=sorted(SHAPE_NAMES),
+        help="random weights of that shape; needs --synthetic-acceptance",
+    )
+    decode.add_argument(
+        "--synthetic-acceptance",
+        type=float,
+        metavar="A",
+        help="for speed alone: a draft stands by a coin of this chance, whatever the model says",
+    )
+    decode.add_argument(
+        "--context", type=int, default=1024, metavar="N", help="prompt tokens, with --shape"
+    )
+    decode.add_argument(
+        "--batches", type=int, nargs="+", default=[1], metavar="N", help="with --shape"
     )
     decode.add_argument("--max-tokens", type=int, default=64, metavar="N")
     decode.add_argument("--gamma", type=int, default=2, metavar="N")

@@ -3,9 +3,10 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
-from qspec_llm.bench import decode, kernels, shapes, steps
+from qspec_llm.bench import decode, kernels, shapes, steps, synthetic
 from qspec_llm.cli.common import progress_bar, read_prompt_file
 from qspec_llm.config import EngineConfig
 from qspec_llm.engine.params import SamplingParams
@@ -19,9 +20,11 @@ from qspec_llm.model.load import load_decoder
 from qspec_llm.tokenizer import HFTokenizer
 from qspec_llm.weights.checkpoint import Checkpoint, open_checkpoint
 from qspec_llm.weights.quantize import Target
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import Activation, draft_view
 
 __all__ = ["run"]
+
+SYNTHETIC = "synthetic acceptance (a coin decides, not the model)"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,9 +65,7 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
     if (args.model is None) == (args.shape is None):
         raise QSpecError("give either a MODEL or --shape, so that one model is measured")
     checkpoint: Checkpoint = (
-        shapes.RandomCheckpoint(args.shape)
-        if args.shape
-        else open_checkpoint(resolve_model(args.model))
+        _random(args) if args.shape else open_checkpoint(resolve_model(args.model))
     )
     config = read_config(checkpoint)
     contexts = _contexts(args.contexts, config)
@@ -98,6 +99,13 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         _show_steps(report)
     return report
+
+
+def _random(args: argparse.Namespace) -> shapes.RandomCheckpoint:
+    """Random weights, made where the backend computes."""
+    args.backend = _engine(args, Target.BF16).backend  # "auto" is resolved
+    device = get_backend(args.backend).device
+    return shapes.RandomCheckpoint(args.shape, device, args.group)
 
 
 def _host_share(args: argparse.Namespace, decoders: dict[str, Decoder]) -> float | None:
@@ -163,6 +171,15 @@ def _show_steps(report: dict[str, Any]) -> None:
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
+    if (args.shape is None) != (args.synthetic_acceptance is None):
+        raise QSpecError(
+            "--shape and --synthetic-acceptance belong together: random weights accept nothing "
+            "by themselves, and a real model needs no coin"
+        )
+    if args.shape:
+        return _decode_synthetic(args)
+    if args.model is None or args.prompt_file is None:
+        raise QSpecError("give a MODEL and --prompt-file, or --shape and --synthetic-acceptance")
     texts = read_prompt_file(args.prompt_file)
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
     runs: list[dict[str, Any]] = []
@@ -205,6 +222,58 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         "speedup": {target: result.speedup for target, result in results.items()},
         "identical": {target: result.identical for target, result in results.items()},
         "aa_ratio": max((r.aa_ratio for r in results.values()), key=lambda ratio: abs(ratio - 1)),
+    }
+
+
+def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
+    """Plain, plain again and speculative, at every batch; acceptance is a coin."""
+    chance = args.synthetic_acceptance
+    runs: list[dict[str, Any]] = []
+    for target in args.targets:
+        checkpoint = _random(args)
+        decoders = _load_targets(
+            argparse.Namespace(**{**vars(args), "targets": [target]}),
+            checkpoint,
+            checkpoint.config,
+            args.context + args.max_tokens,
+        )
+        for batch in args.batches:
+            plain, again, drafted = (
+                synthetic.synthetic_decode(
+                    decoders[target],
+                    draft_view(Activation(args.draft)),
+                    batch=batch,
+                    gamma=gamma,
+                    context=args.context,
+                    num_tokens=args.max_tokens,
+                    chance=chance,
+                )
+                for gamma in (0, 0, args.gamma)
+            )
+            speedup = drafted.tokens_per_second / plain.tokens_per_second
+            aa_ratio = again.tokens_per_second / plain.tokens_per_second
+            for run in (plain, again, drafted):
+                runs.append({"target": target, "draft": args.draft, **asdict(run)})
+                if not args.json:
+                    print(
+                        f"{SYNTHETIC} {chance}: {target} batch {batch} gamma {run.gamma}: "
+                        f"{run.tokens_per_second:.1f} tokens/s, {run.seconds_per_cycle * 1e3:.3f} "
+                        f"ms and {run.tokens_per_cycle:.2f} tokens a cycle, host "
+                        f"{run.host_share:.1%}"
+                    )
+            runs[-1] |= {"speedup": speedup, "aa_ratio": aa_ratio}
+            if not args.json:
+                print(
+                    f"{SYNTHETIC} {chance}: {target} batch {batch}: gamma {args.gamma} is "
+                    f"{speedup:.2f}x of plain, A/A {aa_ratio:.3f}"
+                )
+    return {
+        "model": args.shape,
+        "backend": args.backend,
+        "context": args.context,
+        "synthetic_acceptance": chance,
+        "note": f"{SYNTHETIC} {chance}, random weights: a speed, not a model's output",
+        "runs": runs,
     }
 
 

@@ -199,7 +199,7 @@ class Cycles:
 
     def _cycle(self, lines: Lines, places: Places, bounds: Tensor, out: Tensor) -> None:
         """gamma drafts, the verify pass, acceptance: everything on the GPU."""
-        width, num_lines = places.by_step.shape[1:]
+        width = places.by_step.shape[1]
         place(lines, places, BLOCK_SIZE)
         for step in range(width - 1):
             tokens, positions, slots = places.by_step[:, step]

@@ -1,4 +1,4 @@
-"""The GPU backend's module: the names of `kernels.Backend`. Importing it fails where it cannot run."""
+"""The GPU backend's names of `kernels.Backend`. Importing this module fails where it cannot run."""
 
 from qspec_llm.kernels.cuda.device import gpu, require_gpu
 

@@ -1,7 +1,7 @@
 """Packed matrices: the linears' kernels, with the reference's arithmetic for what they do not take.
 
-float32 activations, which tests compare with, and Triton's interpreter go through `reference.linear`
-on unpacked tensors: slow, and as independent by rows.
+float32 activations, which tests compare with, and Triton's interpreter go through
+`reference.linear` on unpacked tensors: slow, and as independent by rows.
 """
 
 import torch
@@ -34,8 +34,8 @@ def pack(stored: Stored) -> Packed:
     except torch.OutOfMemoryError:
         free, total = torch.cuda.mem_get_info()
         raise QSpecError(
-            f"the model does not fit: a tensor of {stored.nbytes >> 20} MiB is next and the GPU has "
-            f"{free >> 20} of {total >> 20} MiB free; choose a smaller model or target"
+            f"the model does not fit: a tensor of {stored.nbytes >> 20} MiB is next and the GPU "
+            f"has {free >> 20} of {total >> 20} MiB free; choose a smaller model or target"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The operations of the contract, one kernel each. `step` fuses them; these say what it must equal."""
+"""The operations of the contract, one kernel each: what `step`, which fuses them, must equal."""
 
 import torch
 from torch import Tensor

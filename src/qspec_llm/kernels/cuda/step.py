@@ -1,8 +1,8 @@
 """A forward pass with fused kernels: seven launches a layer, the same bits as one by one.
 
-Fused are the residual add with the norm after it and the quantisation after that; RoPE, the write of
-K and V, attention, the merge of its splits and the quantisation after it; SwiGLU with the quantisation
-after it. Nothing here waits for the GPU, so a pass can be captured in a graph.
+Fused are the residual add with the norm after it and the quantisation after that; RoPE, the write
+of K and V, attention, the merge of its splits and the quantisation after it; SwiGLU with the
+quantisation after it. Nothing here waits for the GPU, so a pass can be captured in a graph.
 """
 
 from collections.abc import Sequence
@@ -71,6 +71,7 @@ class _WholeStep:
         if logit_rows is not None:
             if logit_rows.numel() == 0:
                 return x.new_zeros(0, decoder.config.vocab_size, dtype=torch.float32)
+            assert delta is not None, "a decoder without layers"
             x, delta = x[logit_rows], delta[logit_rows]
         _, hidden = add_rms_norm(x, delta, decoder.final_norm, eps, self._form(decoder.head, form))
         return self._linear(hidden, decoder.head, view, rows, torch.float32)

@@ -8,7 +8,6 @@
     swiglu.py       silu(gate) * up with the quantisation after it
     tokens.py       the most likely token, acceptance, and where the next rows sit
 
-Row independence: every reduction has a fixed shape and a fixed order that depends on constants of the
-model alone. Results are rounded where the reference rounds them, so a fused kernel gives the bits of
-the operations that it fuses.
+Row independence: every reduction has a fixed shape and order, given by constants of the model
+alone. Results are rounded where the reference rounds them.
 """

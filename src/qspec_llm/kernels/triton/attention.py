@@ -106,7 +106,7 @@ def _merge(
     base = (row * NUM_HEADS + head) * max_splits
     is_out = is_query[:, None] & (d < HEAD)[None, :]
     top = tl.full((TILE,), float("-inf"), tl.float32)
-    for split in range(0, num_splits):
+    for split in range(num_splits):
         found = tl.load(tops + base + split, is_query, other=float("-inf"), cache_modifier=".cg")
         top = tl.maximum(top, found)
     top = tl.where(top == float("-inf"), 0.0, top)  # a query that is none, or sees no key
@@ -151,7 +151,7 @@ def check_counters(size: int) -> None:
 
 @cache
 def counters(device: torch.device) -> Tensor:
-    """Zeros; kernels leave them as they were. One allocation, since captured graphs keep using it."""
+    """Zeros; kernels leave them so. One allocation, since captured graphs keep using it."""
     return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
 

@@ -1,8 +1,8 @@
 """RMSNorm, with the residual add before it and the quantisation of its result after it.
 
 One program a row. Sums run over the row padded to a power of two, so their order depends on the
-width alone. The residual sum is rounded before it is normalised, and the normalised row before it is
-quantised, where the operations one by one round them.
+width alone. The residual sum is rounded before it is normalised, and the normalised row before it
+is quantised, where the operations one by one round them.
 """
 
 import torch
