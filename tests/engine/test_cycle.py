@@ -131,3 +131,27 @@ def test_an_aborted_request_leaves_the_others_as_they_are(decoder: Decoder) -> N
     drain(engine)
     assert [requests[0].output, requests[2].output] == [expected[0].output, expected[2].output]
     blocks_of(engine).check_idle()
+
+
+SAMPLED = [
+    SamplingParams(max_tokens=20, seed=1),
+    SamplingParams(max_tokens=20, seed=2, temperature=0.7, top_p=0.9),
+    SamplingParams(max_tokens=20, seed=3, top_k=5, min_p=0.05),
+    greedy(20),
+]
+
+
+@pytest.mark.parametrize("gamma", [0, 2])
+def test_seeded_requests_draw_the_tokens_of_single_steps(decoder: Decoder, gamma: int) -> None:
+    expected = run(decoder, SAMPLED, [gamma] * 4, graphs=False)
+    actual = run(decoder, SAMPLED, [gamma] * 4, graphs=True)
+    assert tokens(actual) == tokens(expected)
+    assert counts(actual) == counts(expected)
+
+
+def test_a_seeded_request_draws_the_same_in_any_company(decoder: Decoder) -> None:
+    together = run(decoder, SAMPLED, [2] * 4, graphs=True)
+    cramped = run(decoder, SAMPLED, [2] * 4, graphs=True, num_blocks=9)
+    assert tokens(cramped) == tokens(together)
+    by_two = run(decoder, SAMPLED, [2] * 4, graphs=True, max_batch=2)
+    assert tokens(by_two) == tokens(together)

@@ -204,11 +204,13 @@ def test_the_most_likely_token_and_the_first_of_several(ops: Any) -> None:
 
 
 def lines(ops: Any) -> Any:
-    from qspec_llm.kernels.triton.tokens import Lines
+    from qspec_llm.kernels.triton.tokens import PLAN, Lines
 
     state = torch.tensor([[5, 10], [6, 20], [7, 31], [8, 3]])
-    # gamma, end, tokens held, seed, completion, blocks
-    plan = [[2, 100, 16, 5, 0, 1, 2], [2, 22, 32, -3, 2, 3, 4], [1, 100, 32, 7, 0, 5, 6], [0] * 7]
+    # gamma, end, tokens held, seed, completion
+    plan = [[2, 100, 16, 5, 0], [2, 22, 32, -3, 2], [1, 100, 32, 7, 0], [0] * 5]
+    blocks = [[1, 2], [3, 4], [5, 6], [0, 0]]
+    plan = [[*head, *[0] * (PLAN - 5), *tail] for head, tail in zip(plan, blocks, strict=True)]
     return Lines(state.to(ops.device), torch.tensor(plan).to(ops.device))
 
 

@@ -12,8 +12,10 @@ computed anew. Nothing needs undoing, since a cycle writes KV only past the wate
 Requests with options that a graph does not cover take the ordinary step, in the same batch.
 """
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from qspec_llm.engine.accept import Accepted
 from qspec_llm.engine.batch import Span
+from qspec_llm.engine.lottery import Options, draw, judge, tickets
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.random import Stream
 from qspec_llm.engine.request import Request
@@ -36,25 +39,39 @@ __all__ = ["Cycles", "covers"]
 
 SPLIT_BLOCKS = SPLIT // BLOCK_SIZE  # blocks that attention takes together
 # options that a graph covers or that concern the host alone; any other must have its default
-COVERED = {"max_tokens", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "n"}
+HOST_OPTIONS = {"max_tokens", "stop", "stop_token_ids", "ignore_eos", "n"}
+COVERED = HOST_OPTIONS | {"temperature", "top_p", "top_k", "min_p", "seed"}
 
 
 def covers(params: SamplingParams) -> bool:
-    """Whether a graph can decide these requests' tokens: greedy, and no option that it lacks."""
+    """Whether a graph can decide the tokens of requests with these options."""
     others = (field for field in fields(params) if field.name not in COVERED)
-    if not params.is_greedy:
-        return False
-    unused = {"top_p", "top_k", "min_p"}  # they change no greedy choice
-    return all(getattr(params, f.name) == f.default for f in others if f.name not in unused)
+    return all(getattr(params, field.name) == field.default for field in others)
+
+
+class _Choice(IntEnum):
+    """How the tokens of a cycle are chosen: one request that needs more costs all of them."""
+
+    GREEDY = 0
+    DRAWN = 1  # by temperature and min_p
+    FILTERED = 2  # by top_k or top_p too, which need a sort
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "_Choice":
+        """The least that these options need."""
+        if params.is_greedy:
+            return cls.GREEDY
+        return cls.FILTERED if params.top_k > 0 or params.top_p < 1 else cls.DRAWN
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a graph is captured for: lines, drafts, and blocks of a line's table."""
+    """What a graph is captured for: lines, drafts, blocks of a line's table, and the choice."""
 
     num_lines: int
     num_drafts: int
     num_blocks: int
+    choice: _Choice
 
 
 @dataclass(frozen=True)
@@ -167,7 +184,8 @@ class Cycles:
         num_drafts = max(request.gamma for request in requests)
         longest = max(len(request.blocks) for request in requests)
         num_blocks = min(_bucket(-(-longest // SPLIT_BLOCKS)) * SPLIT_BLOCKS, self._max_blocks)
-        shape = _Shape(_bucket(len(requests)), num_drafts, num_blocks)
+        choice = max(_Choice.of(request.params) for request in requests)
+        shape = _Shape(_bucket(len(requests)), num_drafts, num_blocks, choice)
         graph = self._graphs.get(shape)
         if graph is None:
             graph = self._graphs[shape] = self._capture(shape)
@@ -193,29 +211,75 @@ class Cycles:
         lines = self._lines(shape)
         kept = lines.plan.clone()
         lines.plan.zero_()
-        launch = self._recorder.capture(lambda: self._cycle(lines, places, bounds, out))
+        cycle = self._greedy_cycle if shape.choice is _Choice.GREEDY else self._drawn_cycle
+        launch = self._recorder.capture(lambda: cycle(shape, lines, places, bounds, out))
         lines.plan.copy_(kept)
         return _Graph(shape, launch, out)
 
-    def _cycle(self, lines: Lines, places: Places, bounds: Tensor, out: Tensor) -> None:
-        """gamma drafts, the verify pass, acceptance: everything on the GPU."""
+    def _draft(self, lines: Lines, places: Places, bounds: Tensor, step: int) -> Tensor:
+        """Logits [B, V] of a draft step, whose rows are in place."""
+        tokens, positions, slots = places.by_step[:, step]
+        rows = Rows(positions, slots, bounds, places.contexts[step], lines.tables, False)
+        return self._decoder.forward(tokens, rows, self._kv, self._draft_view, None)
+
+    def _verify(self, lines: Lines, places: Places, bounds: Tensor) -> Tensor:
+        """Logits [B W, V] of the verify step; overwrites the drafts' KV."""
         width = places.by_step.shape[1]
-        place(lines, places, BLOCK_SIZE)
-        for step in range(width - 1):
-            tokens, positions, slots = places.by_step[:, step]
-            rows = Rows(positions, slots, bounds, places.contexts[step], lines.tables, False)
-            logits = self._decoder.forward(tokens, rows, self._kv, self._draft_view, None)
-            choose(logits, places.by_line[0, :, step + 1], places.by_step[0, step + 1])
         tokens, positions, slots = places.by_line.view(3, -1)
-        rows = Rows(positions, slots, bounds * width, places.contexts[width], lines.tables, False)
-        logits = self._decoder.forward(tokens, rows, self._kv, VERIFY, None)
+        contexts = places.contexts[width]
+        rows = Rows(positions, slots, bounds * width, contexts, lines.tables, False)
+        return self._decoder.forward(tokens, rows, self._kv, VERIFY, None)
+
+    def _greedy_cycle(
+        self, shape: _Shape, lines: Lines, places: Places, bounds: Tensor, out: Tensor
+    ) -> None:
+        """The most likely token each time: everything on the GPU."""
+        place(lines, places, BLOCK_SIZE)
+        for step in range(shape.num_drafts):
+            logits = self._draft(lines, places, bounds, step)
+            choose(logits, places.by_line[0, :, step + 1], places.by_step[0, step + 1])
         choices = torch.empty_like(places.by_line[0])
-        choose(logits, choices.view(-1))
-        if self._chance is None or width == 1:
+        choose(self._verify(lines, places, bounds), choices.view(-1))
+        if self._chance is None or not shape.num_drafts:
             accept(lines, places, choices, out)
         else:
-            draws = uniform(lines, width - 1, 0, Stream.ACCEPT)
+            draws = uniform(lines, shape.num_drafts, 0, Stream.ACCEPT)
             accept(lines, places, choices, out, draws, self._chance)
+
+    def _drawn_cycle(
+        self, shape: _Shape, lines: Lines, places: Places, bounds: Tensor, out: Tensor
+    ) -> None:
+        """Tokens are drawn, drafts accepted by speculative sampling; greedy lines among them."""
+        gamma, has_filters = shape.num_drafts, shape.choice is _Choice.FILTERED
+        temperature, top_p, min_p = lines.real_options
+        options = Options(temperature, top_p, min_p, lines.top_k)
+        place(lines, places, BLOCK_SIZE)
+        proposed = []
+        for step in range(gamma):
+            logits = self._draft(lines, places, bounds, step)
+            proposed.append(tickets(logits, options, has_filters=has_filters))
+            token = draw(proposed[-1], uniform(lines, 1, step, Stream.PROPOSAL)[:, 0])
+            places.by_line[0, :, step + 1] = token
+            places.by_step[0, step + 1] = token
+        logits = self._verify(lines, places, bounds)
+        weights = tickets(logits, options.repeat(gamma + 1), has_filters=has_filters)
+        weights = weights.view(shape.num_lines, gamma + 1, -1)
+        drafted = places.by_line[0, :, 1:]
+        num_accepted, last = judge(
+            drafted,
+            torch.stack(proposed, 1) if proposed else weights[:, :0],
+            weights,
+            places.drafts.clamp(min=0),
+            uniform(lines, max(gamma, 1), 0, Stream.ACCEPT)[:, :gamma],
+            uniform(lines, gamma + 1, 0, Stream.RESIDUAL),
+        )
+        is_live = places.drafts >= 0
+        out[:, 0] = torch.where(is_live, num_accepted, -1)
+        out[:, 1] = lines.state[:, 1]
+        out[:, 2 : gamma + 2] = drafted
+        out.scatter_(1, num_accepted[:, None] + 2, last[:, None])
+        moved = torch.stack((last, lines.state[:, 1] + num_accepted + 1), 1)
+        lines.state.copy_(torch.where(is_live[:, None], moved, lines.state))
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self._device)
@@ -286,7 +350,10 @@ def _plan(request: Request, num_blocks: int) -> list[int]:
     seed = (request.seed + (1 << 63)) % (1 << 64) - (1 << 63)  # the same 64 bits
     held = len(request.blocks) * BLOCK_SIZE
     padding = [0] * (num_blocks - len(request.blocks))
-    return [request.gamma, request.max_total, held, seed, request.sample, *request.blocks, *padding]
+    params = request.params
+    reals = struct.unpack("<3q", struct.pack("<3d", params.temperature, params.top_p, params.min_p))
+    counts = [request.gamma, request.max_total, held, seed, request.sample]
+    return [*counts, *reals, params.top_k, *request.blocks, *padding]
 
 
 def _bucket(size: int) -> int:

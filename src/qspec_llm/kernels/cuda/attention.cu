@@ -1,28 +1,33 @@
 // Attention of generated positions, with RoPE and the write of K and V before it and, for drafts, the
 // quantisation of its result after it.
 //
-// The context is split every SPLIT keys. A block takes one split of one KV head of one sequence, for
-// all its queries (rows times the query heads that share the KV head), TILE at a time. The block that
-// comes last merges the splits in their order. The sums of a query have one order whatever else is
-// computed, and a split beyond a query's position adds zeros to them.
+// The keys are cut into chunks of CHUNK, and chunk c belongs to lane c % LANES. A lane takes its chunks
+// in order with a running maximum (Milakov and Gimelshein 2018); then the lanes are merged in their
+// order. So which keys meet in which order depends on their positions alone, and keys beyond a query
+// change nothing: its result is the same whatever is computed with it. A cluster of CLUSTER blocks
+// shares the lanes of one KV head of one sequence, which changes no sum, and merges through each
+// other's shared memory, for QUERIES queries at a time (rows times the query heads that share the KV
+// head). While a chunk is computed the next one is on its way.
 //
-// Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE; ROTATE 1: q, k, v come unrotated, and keys
-// from the first row's position on come from them; 0: q is ready and every key is in the cache;
-// GROUP 0, 32 or 64 and TOP: how the result is quantised.
+// Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE; MT: QUERIES = 16 MT; CLUSTER 1, 2, 4 or
+// 8; ROTATE 1: q, k, v come unrotated, and keys from the first row's position on
+// come from them; 0: q is ready and every key is in the cache; GROUP 0, 32 or 64 and TOP: how the
+// result is quantised.
 
 #include "ptx.cuh"
 
 #define THREADS 256
 #define WARPS 8
-#define SPLIT 128
-#define TILE 16
+#define CHUNK 128
+#define LANES 8
+#define SLOTS (LANES / CLUSTER)  // lanes of a block
+#define QUERIES (16 * MT)
 #define HALF (HEAD / 2)
 #define RATIO (NUM_HEADS / NUM_KV)
-#define PITCH (HEAD + 8)       // of rows in shared memory: an odd number of 16-byte units
-#define P_PITCH (SPLIT + 8)
-#define CHUNKS (HEAD / 8)      // 16-byte pieces of a row
-#define COLS (HEAD / WARPS)    // of the result, for a warp
-#define MERGED 8               // splits whose partial results are loaded together
+#define PITCH (HEAD + 8)     // of rows in shared memory: an odd number of 16-byte units
+#define W_PITCH (CHUNK + 8)
+#define PIECES (HEAD / 8)    // 16-byte pieces of a row
+#define COLS (HEAD / WARPS)  // of the result, for a warp
 #define LOG2E 1.4426950408889634f
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -53,31 +58,39 @@ DEVICE u32 rotated_pair(u32 low, u32 high, float c, float s) {
 }
 
 struct Shared {
-  u16 keys[SPLIT][PITCH], values[SPLIT][PITCH], queries[TILE][PITCH], weights[TILE][P_PITCH];
-  float tops[WARPS][TILE], sums[WARPS][TILE], result[TILE][HEAD + 4];
-  int positions[TILE];
-  int num_done;
+  float result[SLOTS][QUERIES][HEAD + 4];  // other blocks read it, and tops and sums
+  float tops[SLOTS][QUERIES], sums[SLOTS][QUERIES];
+  float warp_tops[WARPS][QUERIES], warp_sums[WARPS][QUERIES];
+  int positions[QUERIES];
+  u16 queries[QUERIES][PITCH], weights[QUERIES][W_PITCH];
+  u16 keys[2][CHUNK][PITCH], values[2][CHUNK][PITCH];
 };
 
-// Writes `count` finished queries, the first of which is query m0 of its sequence.
-DEVICE void write(Shared& sh, int count, int m0, i64 first, int kv_head, u16* out, u8* codes,
+struct Sequence {
+  i64 first;  // its first row
+  int num_queries, context, fresh, kv_head, index;
+};
+
+DEVICE i64 row_of(const Sequence& seq, int query) { return seq.first + query / RATIO; }
+DEVICE int head_of(const Sequence& seq, int query) { return seq.kv_head * RATIO + query % RATIO; }
+
+// One finished query, by one warp: columns lane, lane + 32, ...
+DEVICE void write(const float (&exact)[HEAD / 32], const Sequence& seq, int query, u16* out, u8* codes,
                   int2* meta, int pitch) {
+  const int lane = threadIdx.x & 31;
+  const i64 row = row_of(seq, query);
+  const int head = head_of(seq, query);
 #if GROUP
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  for (int job = warp; job < count * (HEAD / GROUP); job += WARPS) {
-    const int m = job / (HEAD / GROUP), group = job % (HEAD / GROUP);
-    const i64 row = first + (m0 + m) / RATIO;
-    const int head = kv_head * RATIO + (m0 + m) % RATIO;
+#pragma unroll
+  for (int group = 0; group < HEAD / GROUP; group++) {
     float value[GROUP / 32], top = 0.f;
 #pragma unroll
     for (int i = 0; i < GROUP / 32; i++) {
-      const float exact = sh.result[m][group * GROUP + i * 32 + lane];
-      value[i] = bf16_to_float(float_to_bf16(exact));
+      value[i] = bf16_to_float(float_to_bf16(exact[group * (GROUP / 32) + i]));
       top = fmaxf(top, fabsf(value[i]));
     }
 #pragma unroll
-    for (int step = 16; step; step >>= 1)
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
     const float scale = __fdiv_rn(top, (float)TOP);
     const float divisor = fmaxf(scale, 1.1754943508222875e-38f);
     int sum = 0;
@@ -85,6 +98,7 @@ DEVICE void write(Shared& sh, int count, int m0, i64 first, int kv_head, u16* ou
     for (int i = 0; i < GROUP / 32; i++) {
       const int code = max(-TOP, min(TOP, __float2int_rn(__fdiv_rn(value[i], divisor))));
       const int col = head * HEAD + group * GROUP + i * 32 + lane;
+      // of every 16 columns the two halves of 8 are interleaved
       codes[row * (NUM_HEADS * HEAD) + (col & ~15) + ((col & 7) << 1) + ((col >> 3) & 1)] = (u8)code;
       sum += code;
     }
@@ -93,244 +107,287 @@ DEVICE void write(Shared& sh, int count, int m0, i64 first, int kv_head, u16* ou
       meta[(i64)(head * (HEAD / GROUP) + group) * pitch + row] = make_int2(__float_as_int(scale), sum);
   }
 #else
-  for (int i = threadIdx.x; i < count * HEAD; i += THREADS) {
-    const int m = i / HEAD, d = i % HEAD;
-    const i64 row = first + (m0 + m) / RATIO;
-    const int head = kv_head * RATIO + (m0 + m) % RATIO;
-    out[(row * NUM_HEADS + head) * HEAD + d] = (u16)float_to_bf16(sh.result[m][d]);
-  }
+#pragma unroll
+  for (int i = 0; i < HEAD / 32; i++)
+    out[(row * NUM_HEADS + head) * HEAD + i * 32 + lane] = (u16)float_to_bf16(exact[i]);
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// A float in the shared memory of block `rank` of the cluster.
+DEVICE float remote(const float* p, u32 rank) {
+#if CLUSTER > 1
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];"
+               : "=f"(value)
+               : "r"(remote_address(smem_address(p), rank))
+               : "memory");
+  return value;
+#else
+  return *p;
+#endif
+}
+
+// The chunk after `chunk` in a block's order: the same lane's next one, or its next lane's first one.
+DEVICE int chunk_after(int chunk, int num_chunks) {
+  if (chunk + LANES < num_chunks) return chunk + LANES;
+  const int lane = chunk % LANES + CLUSTER;
+  return lane < LANES && lane < num_chunks ? lane : num_chunks;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend(const u16* q, const u16* k, const u16* v, int q_stride, int k_stride, int v_stride,
            const float* cosines, const float* sines, u16* key_cache, u16* value_cache, u16* out,
-           u8* codes, int2* meta, int pitch, float* part_tops, float* part_sums, float* part_totals,
-           int* counters, const i64* positions, const i64* slots, const i64* cu_rows,
-           const i64* contexts, const i64* tables, int table_stride, int max_splits, float scale) {
+           u8* codes, int2* meta, int pitch, const i64* positions, const i64* slots,
+           const i64* cu_rows, const i64* contexts, const i64* tables, int table_stride,
+           float scale) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& sh = *(Shared*)memory;
-  const int split = blockIdx.x, kv_head = blockIdx.y, seq = blockIdx.z;
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const int rank = blockIdx.x, thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const int g = lane >> 2, t = lane & 3;
   launch_dependents();
   wait_for_earlier_kernels();
 
-  const int context = (int)contexts[seq], low = split * SPLIT;
-  const i64 first = cu_rows[seq];
-  const int num_queries = (int)(cu_rows[seq + 1] - first) * RATIO;
-  const int num_splits = (context + SPLIT - 1) / SPLIT;
-  if (split >= num_splits) return;
-  const int fresh = ROTATE ? (int)positions[first] : context;  // keys from here on are in k and v
+  Sequence seq;
+  seq.index = blockIdx.z;
+  seq.kv_head = blockIdx.y;
+  seq.context = (int)contexts[seq.index];
+  seq.first = cu_rows[seq.index];
+  seq.num_queries = (int)(cu_rows[seq.index + 1] - seq.first) * RATIO;
+  if (seq.context == 0) return;  // the whole cluster
+  const int first_position = (int)positions[seq.first];
+  seq.fresh = ROTATE ? first_position : seq.context;  // later keys are in k and v
+  const int num_chunks = (seq.context + CHUNK - 1) / CHUNK;
+  const i64* table = tables + (i64)seq.index * table_stride;
 
-  // The cached part of the split; rows past the context are zeros.
+  // Starts the copies of what is cached of a chunk; rows past the context are zeros.
+  auto fetch = [&](int chunk, int buffer) {
+    if (chunk < num_chunks) {
 #pragma unroll
-  for (int i = 0; i < SPLIT * CHUNKS / THREADS; i++) {
-    const int at = i * THREADS + thread, n = at / CHUNKS, piece = at % CHUNKS * 8, key = low + n;
-    const bool is_cached = key < fresh;
-    if (is_cached || key >= context) {
-      i64 from = 0;
-      if (is_cached) {
-        const i64 block = tables[(i64)seq * table_stride + key / BLOCK_SIZE];
-        from = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * NUM_KV + kv_head) * HEAD + piece;
+      for (int i = 0; i < CHUNK * PIECES / THREADS; i++) {
+        const int at = i * THREADS + thread, n = at / PIECES, piece = at % PIECES * 8;
+        const int key = chunk * CHUNK + n;
+        const bool is_cached = key < seq.fresh;
+        i64 from = 0;
+        if (is_cached)
+          from = ((table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE) * NUM_KV + seq.kv_head) *
+                     HEAD + piece;
+        if (is_cached || key >= seq.context) {
+          copy_or_zero(smem_address(&sh.keys[buffer][n][piece]), key_cache + from, is_cached);
+          copy_or_zero(smem_address(&sh.values[buffer][n][piece]), value_cache + from, is_cached);
+        }
       }
-      copy_or_zero(smem_address(&sh.keys[n][piece]), key_cache + from, is_cached);
-      copy_or_zero(smem_address(&sh.values[n][piece]), value_cache + from, is_cached);
     }
-  }
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#if ROTATE
-  // The new part: rotated here, and written to its slots.
-  const int new_low = max(low, fresh), new_high = min(low + SPLIT, context);
-  for (int i = thread; i < (new_high - new_low) * HALF; i += THREADS) {
-    const int key = new_low + i / HALF, pair = i % HALF, n = key - low;
-    const i64 row = first + key - fresh, slot = slots[row];
-    const u16* from = k + row * k_stride + kv_head * HEAD + pair;
-    const u32 turned = rotated_pair(from[0], from[HALF], cosines[(i64)key * HALF + pair],
-                                    sines[(i64)key * HALF + pair]);
-    const u32 value = *(const u32*)(v + row * v_stride + kv_head * HEAD + 2 * pair);
-    sh.keys[n][pair] = (u16)turned;
-    sh.keys[n][pair + HALF] = (u16)(turned >> 16);
-    *(u32*)&sh.values[n][2 * pair] = value;
-    if (slot >= 0) {
-      const i64 to = (slot * NUM_KV + kv_head) * HEAD;
-      key_cache[to + pair] = (u16)turned;
-      key_cache[to + pair + HALF] = (u16)(turned >> 16);
-      *(u32*)(value_cache + to + 2 * pair) = value;
-    }
-  }
-#endif
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
 
-  const int g = lane >> 2, t = lane & 3;
-  for (int m0 = 0; m0 < num_queries; m0 += TILE) {
-    const int count = min(TILE, num_queries - m0);
-    for (int i = thread; i < TILE * HALF; i += THREADS) {
-      const int m = i / HALF, pair = i % HALF;
+  for (int m0 = 0; m0 < seq.num_queries; m0 += QUERIES) {
+    const int count = min(QUERIES, seq.num_queries - m0);
+    int chunk = rank < num_chunks ? rank : num_chunks, buffer = 0;
+    fetch(chunk, 0);
+    // the queries of this turn
+#pragma unroll
+    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
+      const int query = m0 + min(m, count - 1);
+      const u16* from = q + row_of(seq, query) * q_stride + head_of(seq, query) * HEAD + pair;
       u32 turned = 0;
-      if (m < count) {
-        const i64 row = first + (m0 + m) / RATIO;
-        const u16* from = q + row * q_stride + (kv_head * RATIO + (m0 + m) % RATIO) * HEAD + pair;
 #if ROTATE
-        const i64 turn = positions[row] * HALF + pair;
-        turned = rotated_pair(from[0], from[HALF], cosines[turn], sines[turn]);
+      // rows of a sequence follow each other; what lies past the context is no row that counts
+      const i64 turn = (i64)min(first_position + query / RATIO, seq.context - 1) * HALF + pair;
+      turned = rotated_pair(from[0], from[HALF], cosines[turn], sines[turn]);
 #else
-        turned = from[0] | (u32)from[HALF] << 16;
+      turned = from[0] | (u32)from[HALF] << 16;
 #endif
-      }
+      if (m >= count) turned = 0;
       sh.queries[m][pair] = (u16)turned;
       sh.queries[m][pair + HALF] = (u16)(turned >> 16);
     }
-    if (thread < TILE)
-      sh.positions[thread] = thread < count ? (int)positions[first + (m0 + thread) / RATIO] : -1;
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    __syncthreads();
+    if (thread < QUERIES)
+      sh.positions[thread] = thread < count ? first_position + (m0 + thread) / RATIO : -1;
 
-    // scores of 16 queries and this warp's 16 keys
-    float scores[2][4] = {};
+    float total[MT][COLS / 8][4] = {}, tops[MT][2], sums[MT][2];
 #pragma unroll
-    for (int step = 0; step < HEAD / 16; step++) {
-      u32 a[4], b[4];
-      load_matrices(a, smem_address(&sh.queries[lane & 15][step * 16 + (lane >> 4) * 8]));
-      load_matrices(b, smem_address(&sh.keys[warp * 16 + (lane >> 4) * 8 + (lane & 7)]
-                                            [step * 16 + ((lane >> 3) & 1) * 8]));
-      mma_bf16(scores[0], a, b[0], b[1]);
-      mma_bf16(scores[1], a, b[2], b[3]);
-    }
-    float top[2] = {-INFINITE, -INFINITE};
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int position = sh.positions[g + 8 * half];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float& score = scores[i >> 1][half * 2 + (i & 1)];
-        const int key = low + warp * 16 + (i >> 1) * 8 + 2 * t + (i & 1);
-        score = key <= position ? __fmul_rn(score, scale) : -INFINITE;
-        top[half] = fmaxf(top[half], score);
-      }
-      top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 1));
-      top[half] = fmaxf(top[half], __shfl_xor_sync(~0u, top[half], 2));
-      if (t == 0) sh.tops[warp][g + 8 * half] = top[half];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float all = -INFINITE, sum = 0.f;
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) all = fmaxf(all, sh.tops[w][g + 8 * half]);
-      const float safe = all == -INFINITE ? 0.f : all;
-#pragma unroll
-      for (int tile = 0; tile < 2; tile++) {
-        const float left = exp2_of(__fmul_rn(scores[tile][half * 2] - safe, LOG2E));
-        const float right = exp2_of(__fmul_rn(scores[tile][half * 2 + 1] - safe, LOG2E));
-        sum += left + right;
-        *(u32*)&sh.weights[g + 8 * half][warp * 16 + tile * 8 + 2 * t] =
-            float_to_bf16(left) | float_to_bf16(right) << 16;
-      }
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      if (t == 0) sh.sums[warp][g + 8 * half] = sum;
-      top[half] = all;
-    }
-    __syncthreads();
+    for (int i = 0; i < 2 * MT; i++) tops[i / 2][i % 2] = -INFINITE, sums[i / 2][i % 2] = 0.f;
 
-    // weighted values: 16 queries and this warp's columns
-    float total[COLS / 8][4] = {};
-#pragma unroll
-    for (int step = 0; step < SPLIT / 16; step++) {
-      u32 a[4];
-      load_matrices(a, smem_address(&sh.weights[lane & 15][step * 16 + (lane >> 4) * 8]));
-#if HEAD == 128
-      u32 b[4];
-      load_transposed(b, smem_address(&sh.values[step * 16 + (lane & 15)]
-                                               [warp * COLS + (lane >> 4) * 8]));
-      mma_bf16(total[0], a, b[0], b[1]);
-      mma_bf16(total[1], a, b[2], b[3]);
-#else
-      u32 b[2];
-      asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                   : "=r"(b[0]), "=r"(b[1])
-                   : "r"(smem_address(&sh.values[step * 16 + (lane & 15)][warp * COLS])));
-      mma_bf16(total[0], a, b[0], b[1]);
+    while (chunk < num_chunks) {
+      const int low = chunk * CHUNK, after = chunk_after(chunk, num_chunks);
+      fetch(after, buffer ^ 1);
+#if ROTATE
+      // what is new: rotated here, and written to its slots
+      const int new_low = max(low, seq.fresh), new_high = min(low + CHUNK, seq.context);
+      for (int i = thread; i < (new_high - new_low) * HALF; i += THREADS) {
+        const int key = new_low + i / HALF, pair = i % HALF, n = key - low;
+        const i64 row = seq.first + key - seq.fresh, slot = slots[row];
+        const u16* from = k + row * k_stride + seq.kv_head * HEAD + pair;
+        const u32 turned = rotated_pair(from[0], from[HALF], cosines[(i64)key * HALF + pair],
+                                        sines[(i64)key * HALF + pair]);
+        const u32 value = *(const u32*)(v + row * v_stride + seq.kv_head * HEAD + 2 * pair);
+        sh.keys[buffer][n][pair] = (u16)turned;
+        sh.keys[buffer][n][pair + HALF] = (u16)(turned >> 16);
+        *(u32*)&sh.values[buffer][n][2 * pair] = value;
+        if (slot >= 0) {
+          const i64 to = (slot * NUM_KV + seq.kv_head) * HEAD;
+          key_cache[to + pair] = (u16)turned;
+          key_cache[to + pair + HALF] = (u16)(turned >> 16);
+          *(u32*)(value_cache + to + 2 * pair) = value;
+        }
+      }
 #endif
-    }
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      __syncthreads();
+
+      // scores of all queries and this warp's 16 keys
+      float scores[MT][2][4] = {};
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int m = g + 8 * half;
-      if (m < count) {
-        float sum = 0.f;
+      for (int step = 0; step < HEAD / 16; step++) {
+        u32 b[4];
+        load_matrices(b, smem_address(&sh.keys[buffer][warp * 16 + (lane >> 4) * 8 + (lane & 7)]
+                                              [step * 16 + ((lane >> 3) & 1) * 8]));
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += sh.sums[w][m];
-        const i64 row = first + (m0 + m) / RATIO;
-        const int head = kv_head * RATIO + (m0 + m) % RATIO;
-        const i64 part = (row * NUM_HEADS + head) * max_splits + split;
+        for (int mt = 0; mt < MT; mt++) {
+          u32 a[4];
+          load_matrices(a, smem_address(&sh.queries[mt * 16 + (lane & 15)]
+                                                   [step * 16 + (lane >> 4) * 8]));
+          mma_bf16(scores[mt][0], a, b[0], b[1]);
+          mma_bf16(scores[mt][1], a, b[2], b[3]);
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < 2 * MT; part++) {
+        const int mt = part / 2, half = part % 2, m = mt * 16 + half * 8 + g;
+        const int position = sh.positions[m];
+        float top = -INFINITE;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float& score = scores[mt][i >> 1][half * 2 + (i & 1)];
+          const int key = low + warp * 16 + (i >> 1) * 8 + 2 * t + (i & 1);
+          score = key <= position ? __fmul_rn(score, scale) : -INFINITE;
+          top = fmaxf(top, score);
+        }
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        if (t == 0) sh.warp_tops[warp][m] = top;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int part = 0; part < 2 * MT; part++) {
+        const int mt = part / 2, half = part % 2, m = mt * 16 + half * 8 + g;
+        float top = tops[mt][half], sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, sh.warp_tops[w][m]);
+        const float safe = top == -INFINITE ? 0.f : top;
+        const float shrink = exp2_of(__fmul_rn(tops[mt][half] - safe, LOG2E));
+        tops[mt][half] = top;
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+          const float left = exp2_of(__fmul_rn(scores[mt][tile][half * 2] - safe, LOG2E));
+          const float right = exp2_of(__fmul_rn(scores[mt][tile][half * 2 + 1] - safe, LOG2E));
+          sum = __fadd_rn(sum, __fadd_rn(left, right));
+          *(u32*)&sh.weights[m][warp * 16 + tile * 8 + 2 * t] =
+              float_to_bf16(left) | float_to_bf16(right) << 16;
+        }
+        sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
+        sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
+        if (t == 0) sh.warp_sums[warp][m] = sum;
+        sums[mt][half] = __fmul_rn(sums[mt][half], shrink);
 #pragma unroll
         for (int tile = 0; tile < COLS / 8; tile++) {
-          const int d = warp * COLS + tile * 8 + 2 * t;
-          const float left = total[tile][half * 2], right = total[tile][half * 2 + 1];
-          if (num_splits == 1) {
-            const float divisor = sum == 0.f ? 1.f : sum;
-            sh.result[m][d] = __fdiv_rn(left, divisor);
-            sh.result[m][d + 1] = __fdiv_rn(right, divisor);
-          } else {
-            *(float2*)(part_totals + part * HEAD + d) = make_float2(left, right);
-          }
-        }
-        if (num_splits > 1 && warp == 0 && t == 0) {
-          part_tops[part] = top[half];
-          part_sums[part] = sum;
+          total[mt][tile][half * 2] = __fmul_rn(total[mt][tile][half * 2], shrink);
+          total[mt][tile][half * 2 + 1] = __fmul_rn(total[mt][tile][half * 2 + 1], shrink);
         }
       }
-    }
-    __syncthreads();
-    if (num_splits == 1) {
-      write(sh, count, m0, first, kv_head, out, codes, meta, pitch);
       __syncthreads();
-    }
-  }
-  if (num_splits == 1) return;
-
-  __threadfence();
-  __syncthreads();
-  int* counter = counters + seq * NUM_KV + kv_head;
-  if (thread == 0) sh.num_done = atomicAdd(counter, 1);
-  __syncthreads();
-  if (sh.num_done != num_splits - 1) return;
-  __threadfence();
-  if (thread == 0) *counter = 0;
-  const int d = thread % HEAD;
-  for (int m0 = 0; m0 < num_queries; m0 += TILE) {
-    const int count = min(TILE, num_queries - m0);
-    for (int m = thread / HEAD; m < count; m += THREADS / HEAD) {
-      const i64 row = first + (m0 + m) / RATIO;
-      const int head = kv_head * RATIO + (m0 + m) % RATIO;
-      const i64 part = (row * NUM_HEADS + head) * max_splits;
-      float top = -INFINITE, sum = 0.f, total = 0.f;
-      for (int begin = 0; begin < num_splits; begin += MERGED) {
-        float tops[MERGED], sums[MERGED], totals[MERGED], higher = top;
 #pragma unroll
-        for (int i = 0; i < MERGED; i++) {
-          const bool is_in = begin + i < num_splits;
-          const i64 at = part + (is_in ? begin + i : 0);
-          tops[i] = is_in ? __ldcg(part_tops + at) : -INFINITE;
-          sums[i] = __ldcg(part_sums + at);
-          totals[i] = __ldcg(part_totals + at * HEAD + d);
-          higher = fmaxf(higher, tops[i]);
-        }
-        const float safe = higher == -INFINITE ? 0.f : higher;
-        const float shrink = exp2_of(__fmul_rn(top - safe, LOG2E));
-        sum = __fmul_rn(sum, shrink);
-        total = __fmul_rn(total, shrink);
+      for (int part = 0; part < 2 * MT; part++) {
+        float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < MERGED; i++) {
-          const float weight = exp2_of(__fmul_rn(tops[i] - safe, LOG2E));
-          sum = __fadd_rn(sum, __fmul_rn(weight, sums[i]));
-          total = __fadd_rn(total, __fmul_rn(weight, totals[i]));
-        }
-        top = higher;
+        for (int w = 0; w < WARPS; w++)
+          sum = __fadd_rn(sum, sh.warp_sums[w][part / 2 * 16 + part % 2 * 8 + g]);
+        sums[part / 2][part % 2] = __fadd_rn(sums[part / 2][part % 2], sum);
       }
-      sh.result[m][d] = __fdiv_rn(total, sum == 0.f ? 1.f : sum);
+      // weighted values: all queries and this warp's columns
+#pragma unroll
+      for (int step = 0; step < CHUNK / 16; step++) {
+#if HEAD == 128
+        u32 b[4];
+        load_transposed(b, smem_address(&sh.values[buffer][step * 16 + (lane & 15)]
+                                                  [warp * COLS + (lane >> 4) * 8]));
+#else
+        u32 b[2];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                     : "=r"(b[0]), "=r"(b[1])
+                     : "r"(smem_address(&sh.values[buffer][step * 16 + (lane & 15)][warp * COLS])));
+#endif
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) {
+          u32 a[4];
+          load_matrices(a, smem_address(&sh.weights[mt * 16 + (lane & 15)]
+                                                   [step * 16 + (lane >> 4) * 8]));
+#pragma unroll
+          for (int tile = 0; tile < COLS / 8; tile++)
+            mma_bf16(total[mt][tile], a, b[2 * tile], b[2 * tile + 1]);
+        }
+      }
+      if (after % LANES != chunk % LANES || after == num_chunks) {  // the lane is done
+        const int slot = chunk % LANES / CLUSTER;
+#pragma unroll
+        for (int part = 0; part < 2 * MT; part++) {
+          const int mt = part / 2, half = part % 2, m = mt * 16 + half * 8 + g;
+#pragma unroll
+          for (int tile = 0; tile < COLS / 8; tile++) {
+            *(float2*)&sh.result[slot][m][warp * COLS + tile * 8 + 2 * t] =
+                make_float2(total[mt][tile][half * 2], total[mt][tile][half * 2 + 1]);
+            total[mt][tile][half * 2] = total[mt][tile][half * 2 + 1] = 0.f;
+          }
+          if (warp == 0 && t == 0) {
+            sh.tops[slot][m] = tops[mt][half];
+            sh.sums[slot][m] = sums[mt][half];
+          }
+          tops[mt][half] = -INFINITE;
+          sums[mt][half] = 0.f;
+        }
+      }
+      __syncthreads();
+      chunk = after;
+      buffer ^= 1;
     }
+#if CLUSTER > 1
+    cluster_sync();
+#else
     __syncthreads();
-    write(sh, count, m0, first, kv_head, out, codes, meta, pitch);
+#endif
+    // a warp merges a query, each block its share of them
+    for (int m = rank + warp * CLUSTER; m < count; m += CLUSTER * WARPS) {
+      float lane_tops[LANES], lane_sums[LANES], lanes[LANES][HEAD / 32], top = -INFINITE;
+#pragma unroll
+      for (int i = 0; i < LANES; i++) {
+        const bool is_used = i < num_chunks;  // others were never written
+        lane_tops[i] = is_used ? remote(&sh.tops[i / CLUSTER][m], i % CLUSTER) : -INFINITE;
+        lane_sums[i] = is_used ? remote(&sh.sums[i / CLUSTER][m], i % CLUSTER) : 0.f;
+#pragma unroll
+        for (int j = 0; j < HEAD / 32; j++)
+          lanes[i][j] =
+              is_used ? remote(&sh.result[i / CLUSTER][m][j * 32 + lane], i % CLUSTER) : 0.f;
+        top = fmaxf(top, lane_tops[i]);
+      }
+      const float safe = top == -INFINITE ? 0.f : top;
+      float sum = 0.f, all[HEAD / 32] = {};
+#pragma unroll
+      for (int i = 0; i < LANES; i++) {
+        const float weight = exp2_of(__fmul_rn(lane_tops[i] - safe, LOG2E));
+        sum = __fadd_rn(sum, __fmul_rn(weight, lane_sums[i]));
+#pragma unroll
+        for (int j = 0; j < HEAD / 32; j++)
+          all[j] = __fadd_rn(all[j], __fmul_rn(weight, lanes[i][j]));
+      }
+#pragma unroll
+      for (int j = 0; j < HEAD / 32; j++) all[j] = __fdiv_rn(all[j], sum == 0.f ? 1.f : sum);
+      write(all, seq, m0 + m, out, codes, meta, pitch);
+    }
+#if CLUSTER > 1
+    cluster_sync();
+#else
     __syncthreads();
+#endif
   }
 }

@@ -3,11 +3,13 @@
 bf16 heads of 64 and 128; others go through Triton, operation by operation.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kernels.cuda.compile import kernel
+from qspec_llm.kernels.cuda.compile import kernel, num_multiprocessors
 from qspec_llm.kernels.cuda.linear import Quantized
 from qspec_llm.kernels.cuda.rows import targets
 from qspec_llm.kernels.triton import attention as by_triton
@@ -20,7 +22,9 @@ __all__ = ["attend", "rotate_write_attend"]
 
 HEAD_DIMS = (64, 128)
 THREADS = 256
-SPLIT, TILE, WARPS = 128, 16, 8
+CHUNK, QUERIES, WARPS = 128, 16, 8  # keys of a step, queries of a tile
+LANES = 8  # of chunks of keys
+LARGEST_BLOCK = 227 << 10  # bytes of shared memory
 
 
 def attend(query: Tensor, kv: LayerKV, rows: Rows) -> Tensor:
@@ -67,8 +71,9 @@ def rotate_write_attend(
 
 
 def _fits(query: Tensor) -> bool:
+    """Whether attention.cu runs: bf16, heads it knows, clusters and the shared memory of Hopper."""
     is_known = query.dtype is torch.bfloat16 and query.shape[2] in HEAD_DIMS
-    return is_known and query.is_cuda and query.data_ptr() % 4 == 0
+    return is_known and query.is_cuda and _has_room(query.device.index)
 
 
 def _max_context(kv: LayerKV, rows: Rows) -> int:
@@ -86,9 +91,12 @@ def _attend(
 ) -> Tensor | Quantized:
     num_rows, num_heads, head_dim = query.shape
     num_kv, device = kv.keys.shape[1], query.device
-    num_seqs, max_splits = rows.contexts.shape[0], -(-_max_context(kv, rows) // SPLIT)
-    by_triton.check_counters(num_seqs * num_kv)
+    num_seqs = rows.contexts.shape[0]
     group, top = group_and_top(num_heads * head_dim, activation)
+    # neither the queries that a block holds nor the blocks that share a head change a sum
+    num_queries = -(-num_rows // num_seqs) * (num_heads // num_kv)
+    tiles = 1 if num_queries <= QUERIES else 2
+    cluster = _cluster(num_seqs * num_kv, tiles, device.index)
     function = kernel(
         "attention.cu",
         "attend",
@@ -96,6 +104,8 @@ def _attend(
         NUM_HEADS=num_heads,
         NUM_KV=num_kv,
         BLOCK_SIZE=kv.block_size,
+        MT=tiles,
+        CLUSTER=cluster,
         ROTATE=int(angles is not None),
         GROUP=group,
         TOP=top,
@@ -105,23 +115,36 @@ def _attend(
         out = torch.empty((num_rows, num_heads, head_dim), dtype=query.dtype, device=device)
     else:
         out = Quantized.empty(num_rows, num_heads * head_dim, activation, device)
-    parts = torch.empty((2, num_rows, num_heads, max_splits), device=device)
-    totals = torch.empty((num_rows, num_heads, max_splits, head_dim), device=device)
     cos, sin = angles if angles is not None else (None, None)
     strides = [0 if x is None else x.stride(0) for x in (query, keys, values)]
     args = [
         query, keys, values, *strides, cos, sin, kv.keys, kv.values, *targets(out),
-        parts[0], parts[1], totals, by_triton.counters(device), rows.positions, rows.slots,
-        rows.cu_rows, rows.contexts, rows.block_tables, rows.block_tables.stride(0), max_splits,
-        head_dim**-0.5,
+        rows.positions, rows.slots, rows.cu_rows, rows.contexts, rows.block_tables,
+        rows.block_tables.stride(0), head_dim**-0.5,
     ]  # fmt: skip
-    grid = (max_splits, num_kv, num_seqs)
-    function.launch(grid, THREADS, args, smem=_shared_bytes(head_dim), pdl=can_overlap())
+    smem = _shared_bytes(head_dim, tiles * QUERIES, cluster)
+    grid = (cluster, num_kv, num_seqs)
+    function.launch(grid, THREADS, args, smem=smem, cluster=cluster, pdl=can_overlap())
     return out
 
 
-def _shared_bytes(head_dim: int) -> int:
-    """sizeof(Shared) of attention.cu, rounded up."""
-    halves = (2 * SPLIT + TILE) * (head_dim + 8) + TILE * (SPLIT + 8)
-    floats = 2 * WARPS * TILE + TILE * (head_dim + 4) + TILE + 1
-    return -(-(2 * halves + 4 * floats) // 16) * 16
+@cache
+def _cluster(num_heads: int, tiles: int, device: int) -> int:
+    """Blocks that share a head: as many as multiprocessors are there for, and as fit."""
+    sizes = [size for size in (8, 4, 2, 1) if num_heads * size <= num_multiprocessors(device)]
+    return max(sizes[0] if sizes else 1, tiles)
+
+
+def _shared_bytes(head_dim: int, queries: int, cluster: int) -> int:
+    """sizeof(Shared) of attention.cu."""
+    slots = LANES // cluster
+    halves = queries * (head_dim + 8 + CHUNK + 8) + 4 * CHUNK * (head_dim + 8)
+    floats = queries * (slots * (head_dim + 4 + 2) + 2 * WARPS + 1)
+    return 2 * halves + 4 * floats
+
+
+@cache
+def _has_room(device: int) -> bool:
+    """Whether blocks of a cluster may be as large as the largest of ours."""
+    properties = torch.cuda.get_device_properties(device)
+    return can_overlap() and properties.shared_memory_per_block_optin >= LARGEST_BLOCK

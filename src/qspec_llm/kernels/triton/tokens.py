@@ -19,7 +19,7 @@ from qspec_llm.kernels.triton.launch import next_power, options, start
 __all__ = ["Lines", "Places", "accept", "choose", "place", "uniform"]
 
 CHUNK = 4096  # logits of one program
-PLAN = 5  # entries of a line's plan before its blocks
+PLAN = 9  # entries of a line's plan before its blocks
 MAX_ROWS = 1 << 14  # rows of one launch of `choose`
 
 
@@ -29,8 +29,9 @@ class Lines:
 
     Attributes:
         state: [B, 2] int64: the last known token, and its position. All before it is final.
-        plan: [B, 5 + blocks] int64: tokens to draft, tokens at which the sequence ends, tokens that
-            its blocks hold, its seed's 64 bits, which completion it is, then its blocks.
+        plan: [B, 9 + blocks] int64: tokens to draft, tokens at which the sequence ends, tokens that
+            its blocks hold, its seed's 64 bits, which completion it is; float64 bits of its
+            temperature, top_p and min_p; its top_k; then its blocks.
     """
 
     state: Tensor
@@ -40,6 +41,16 @@ class Lines:
     def tables(self) -> Tensor:
         """[B, blocks] int64."""
         return self.plan[:, PLAN:]
+
+    @property
+    def real_options(self) -> Tensor:
+        """[3, B] float64: temperature, top_p, min_p."""
+        return self.plan[:, 5:8].T.contiguous().view(torch.float64)
+
+    @property
+    def top_k(self) -> Tensor:
+        """[B] int64."""
+        return self.plan[:, 8]
 
 
 @dataclass(frozen=True)
