@@ -22,7 +22,6 @@ from qspec_llm.kernels.cuda.layout import PackedMatrix, pack
 from qspec_llm.kernels.cuda.linear import (
     Tuning,
     linear,
-    plan,
     quantize,
     read_memory,
     wants_integers,
@@ -108,12 +107,14 @@ def bench(
     results: list[dict[str, Any]] = []
     for count in rows:
         graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
+        alive = []  # what the graphs read and write
         for name, case in cases.items():
             parts = [[one] for one in linears] if is_apart else []
             for names in [list(linears), *parts]:
                 label = name if len(names) == len(linears) else f"{name}: {names[0]}"
                 repeats = 1 if len(names) == len(linears) else 4
                 run = _runner(case, names, linears, weights[case.target], count)
+                alive.append(run)
                 graphs[label] = (_capture(run, repeats), layers * repeats)
         graphs["read"] = (_capture(lambda: read_memory(memory), 1), 1)
         times = _replay({name: graph for name, (graph, _) in graphs.items()}, rounds)
@@ -130,7 +131,6 @@ def bench(
             )
         graphs.clear()
     read = min(row["us"] for row in results if row["case"] == "read")
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -139,10 +139,6 @@ def bench(
         "layers": layers,
         "rounds": rounds,
         "read_tb_per_second": READ_BYTES / read / 1e6,
-        "plans": {
-            name: vars(plan(-(-n // 32), -(-k // 128), multiprocessors, True))
-            for name, (n, k) in linears.items()
-        },
         "bytes_a_layer": {
             name: _bytes(case, linears, weights[case.target]) for name, case in cases.items()
         },

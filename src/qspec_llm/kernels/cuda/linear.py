@@ -13,6 +13,7 @@ Activations are bf16; sums are float32.
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -202,22 +203,38 @@ class Plan:
     splits: int
 
 
+# Share of the multiprocessors that clusters of a size can fill: a cluster stays within a part of the
+# chip, and those of an H200 are no multiples of 4 (cuOccupancyMaxActiveClusters).
+CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 120 / 132, 8: 120 / 132}
+STAGE_BYTES = 60 << 10  # of weights, at most: two stages and more must fit
+
+
 @functools.cache
-def plan(num_row_tiles: int, num_col_tiles: int, multiprocessors: int, has_clusters: bool) -> Plan:
+def plan(
+    num_row_tiles: int, num_col_tiles: int, tile: int, multiprocessors: int, has_clusters: bool
+) -> Plan:
     """The cut with which the busiest multiprocessor has least to do.
 
-    A column of a block costs its tiles and a quarter of a tile for x, so large blocks win among
+    A column of a block costs its tiles and one and a half more for x, so large blocks win among
     equals; a range costs its part of a cluster's exchange, 1/20 of a tile for each row tile.
+
+    Args:
+        num_row_tiles: tiles of 32 rows.
+        num_col_tiles: tiles of 128 columns.
+        tile: bytes of a tile in this view.
+        multiprocessors: of the device.
+        has_clusters: whether blocks can share their shared memory.
     """
     best, least = Plan(1, 1), float("inf")
     for splits in (1, 2, 4, 8) if has_clusters else (1,):
-        for tiles in range(8, 0, -1):
-            if splits > num_col_tiles or (splits > 1 and tiles * TILE_ROWS // splits % 4):
+        slots = max(1, int(multiprocessors * CLUSTER_SHARE[splits]) // splits)
+        for tiles in range(9, 0, -1):
+            if splits > num_col_tiles or tiles * tile > STAGE_BYTES:
                 continue
-            blocks = -(-num_row_tiles // tiles)
-            slots = multiprocessors // splits
-            turns = -(-blocks // slots)
-            work = turns * (tiles + 0.25) * (-(-num_col_tiles // splits) + 0.05 * splits)
+            if tiles * TILE_ROWS // splits % 4:
+                continue
+            turns = math.ceil(math.ceil(num_row_tiles / tiles) / slots)
+            work = turns * (tiles + 1.5) * (-(-num_col_tiles // splits) + 0.05 * splits)
             if work < least * 0.999:
                 best, least = Plan(tiles, splits), work
     return best
@@ -294,12 +311,12 @@ def _instance(
 ) -> _Instance:
     has_engine = torch.cuda.get_device_capability(device) >= (9, 0)
     multiprocessors = num_multiprocessors(device)
-    cut = plan(row_tiles, col_tiles, multiprocessors, has_engine)
+    tile = form.base_bytes + form.rest_bytes
+    cut = plan(row_tiles, col_tiles, tile, multiprocessors, has_engine)
     tiles_of_tokens = _token_tiles(num_tokens)
     tuned = chosen or tuning(form, tiles_of_tokens)
     tokens = tiles_of_tokens * 8
-    panels = tuned.panels if cut.tiles <= 8 else 2
-    consumers = cut.tiles * 2 // panels
+    consumers = cut.tiles * 2 // tuned.panels
     x_bytes = tokens * (128 if form.act == 8 else 256)
     meta_bytes = TILE_COLS // form.act_group * tokens * 8 if form.act == 8 else 0
     stage = x_bytes + cut.tiles * (form.base_bytes + form.rest_bytes) + meta_bytes
@@ -321,7 +338,7 @@ def _instance(
             "linear",
             **form.defines(),
             NT=tiles_of_tokens,
-            RT=panels,
+            RT=tuned.panels,
             THREADS=threads,
             BLOCKS=tuned.blocks,
         ),
@@ -516,8 +533,9 @@ def _ahead(ahead: tuple[PackedMatrix, View] | None) -> _Ahead:
         return _Ahead()
     form = _form(weight.spec if isinstance(weight, PackedPlanes) else None, view, 64)
     row_tiles, col_tiles = weight.base.shape[:2]
-    cut = plan(row_tiles, col_tiles, num_multiprocessors(device), True)
-    bytes_a_depth = row_tiles * cut.splits * (form.base_bytes + form.rest_bytes)
+    tile = form.base_bytes + form.rest_bytes
+    cut = plan(row_tiles, col_tiles, tile, num_multiprocessors(device), True)
+    bytes_a_depth = row_tiles * cut.splits * tile
     depth = min(AHEAD_BYTES // bytes_a_depth, col_tiles // cut.splits)
     rest = weight.rest if isinstance(weight, PackedPlanes) and form.rest_bytes else None
     return _Ahead(
