@@ -76,11 +76,16 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Graph:
-    """One captured cycle; `launch` starts it, `out` [B, W + 2] holds its results."""
+    """One captured cycle; `launch` starts it, `out` [B, W + 2] holds its results.
+
+    `places` and `bounds` are what the graph reads and writes besides: they must live as long.
+    """
 
     shape: _Shape
     launch: Callable[[], None]
     out: Tensor
+    places: Places
+    bounds: Tensor
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ class Cycles:
         cycle = self._greedy_cycle if shape.choice is _Choice.GREEDY else self._drawn_cycle
         launch = self._recorder.capture(lambda: cycle(shape, lines, places, bounds, out))
         lines.plan.copy_(kept)
-        return _Graph(shape, launch, out)
+        return _Graph(shape, launch, out, places, bounds)
 
     def _draft(self, lines: Lines, places: Places, bounds: Tensor, step: int) -> Tensor:
         """Logits [B, V] of a draft step, whose rows are in place."""

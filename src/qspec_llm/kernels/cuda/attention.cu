@@ -7,7 +7,7 @@
 // change nothing: its result is the same whatever is computed with it. A cluster of CLUSTER blocks
 // shares the lanes of one KV head of one sequence, which changes no sum, and merges through each
 // other's shared memory, for QUERIES queries at a time (rows times the query heads that share the KV
-// head). While a chunk is computed the next one is on its way.
+// head). While a chunk is computed the next ones are on their way.
 //
 // Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE; MT: QUERIES = 16 MT; CLUSTER 1, 2, 4 or
 // 8; ROTATE 1: q, k, v come unrotated, and keys from the first row's position on
@@ -18,7 +18,8 @@
 
 #define THREADS 256
 #define WARPS 8
-#define CHUNK 128
+#define CHUNK 64
+#define STAGES 4  // chunks in shared memory: one is computed, the others are on their way
 #define LANES 8
 #define SLOTS (LANES / CLUSTER)  // lanes of a block
 #define QUERIES (16 * MT)
@@ -63,7 +64,7 @@ struct Shared {
   float warp_tops[WARPS][QUERIES], warp_sums[WARPS][QUERIES];
   int positions[QUERIES];
   u16 queries[QUERIES][PITCH], weights[QUERIES][W_PITCH];
-  u16 keys[2][CHUNK][PITCH], values[2][CHUNK][PITCH];
+  u16 keys[STAGES][CHUNK][PITCH], values[STAGES][CHUNK][PITCH];
 };
 
 struct Sequence {
@@ -162,15 +163,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // Starts the copies of what is cached of a chunk; rows past the context are zeros.
   auto fetch = [&](int chunk, int buffer) {
     if (chunk < num_chunks) {
+      const int last = (seq.context - 1) / BLOCK_SIZE;
+      i64 blocks[CHUNK * PIECES / THREADS];  // all asked for before the first is needed
+#pragma unroll
+      for (int i = 0; i < CHUNK * PIECES / THREADS; i++)
+        blocks[i] = table[min((chunk * CHUNK + (i * THREADS + thread) / PIECES) / BLOCK_SIZE, last)];
 #pragma unroll
       for (int i = 0; i < CHUNK * PIECES / THREADS; i++) {
         const int at = i * THREADS + thread, n = at / PIECES, piece = at % PIECES * 8;
         const int key = chunk * CHUNK + n;
         const bool is_cached = key < seq.fresh;
-        i64 from = 0;
-        if (is_cached)
-          from = ((table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE) * NUM_KV + seq.kv_head) *
-                     HEAD + piece;
+        const i64 slot = blocks[i] * BLOCK_SIZE + key % BLOCK_SIZE;
+        const i64 from = (slot * NUM_KV + seq.kv_head) * HEAD + piece;
         if (is_cached || key >= seq.context) {
           copy_or_zero(smem_address(&sh.keys[buffer][n][piece]), key_cache + from, is_cached);
           copy_or_zero(smem_address(&sh.values[buffer][n][piece]), value_cache + from, is_cached);
@@ -182,8 +186,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   for (int m0 = 0; m0 < seq.num_queries; m0 += QUERIES) {
     const int count = min(QUERIES, seq.num_queries - m0);
-    int chunk = rank < num_chunks ? rank : num_chunks, buffer = 0;
-    fetch(chunk, 0);
+    int chunk = rank < num_chunks ? rank : num_chunks, buffer = 0, coming = chunk;
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+      fetch(coming, i);
+      coming = coming < num_chunks ? chunk_after(coming, num_chunks) : num_chunks;
+    }
     // the queries of this turn
 #pragma unroll
     for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
@@ -211,7 +219,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     while (chunk < num_chunks) {
       const int low = chunk * CHUNK, after = chunk_after(chunk, num_chunks);
-      fetch(after, buffer ^ 1);
 #if ROTATE
       // what is new: rotated here, and written to its slots
       const int new_low = max(low, seq.fresh), new_high = min(low + CHUNK, seq.context);
@@ -233,23 +240,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
       }
 #endif
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
       __syncthreads();
+      fetch(coming, (buffer + STAGES - 1) % STAGES);  // where the chunk before this one was
+      coming = coming < num_chunks ? chunk_after(coming, num_chunks) : num_chunks;
 
-      // scores of all queries and this warp's 16 keys
-      float scores[MT][2][4] = {};
+      // scores of all queries and this warp's 8 keys
+      float scores[MT][4] = {};
 #pragma unroll
-      for (int step = 0; step < HEAD / 16; step++) {
+      for (int step = 0; step < HEAD / 32; step++) {
         u32 b[4];
-        load_matrices(b, smem_address(&sh.keys[buffer][warp * 16 + (lane >> 4) * 8 + (lane & 7)]
-                                              [step * 16 + ((lane >> 3) & 1) * 8]));
+        load_matrices(b, smem_address(&sh.keys[buffer][warp * 8 + (lane & 7)]
+                                              [step * 32 + (lane >> 3) * 8]));
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
           u32 a[4];
           load_matrices(a, smem_address(&sh.queries[mt * 16 + (lane & 15)]
-                                                   [step * 16 + (lane >> 4) * 8]));
-          mma_bf16(scores[mt][0], a, b[0], b[1]);
-          mma_bf16(scores[mt][1], a, b[2], b[3]);
+                                                   [step * 32 + (lane >> 4) * 8]));
+          mma_bf16(scores[mt], a, b[0], b[1]);
+          load_matrices(a, smem_address(&sh.queries[mt * 16 + (lane & 15)]
+                                                   [step * 32 + 16 + (lane >> 4) * 8]));
+          mma_bf16(scores[mt], a, b[2], b[3]);
         }
       }
 #pragma unroll
@@ -258,9 +269,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int position = sh.positions[m];
         float top = -INFINITE;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          float& score = scores[mt][i >> 1][half * 2 + (i & 1)];
-          const int key = low + warp * 16 + (i >> 1) * 8 + 2 * t + (i & 1);
+        for (int i = 0; i < 2; i++) {
+          float& score = scores[mt][half * 2 + i];
+          const int key = low + warp * 8 + 2 * t + i;
           score = key <= position ? __fmul_rn(score, scale) : -INFINITE;
           top = fmaxf(top, score);
         }
@@ -272,20 +283,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int part = 0; part < 2 * MT; part++) {
         const int mt = part / 2, half = part % 2, m = mt * 16 + half * 8 + g;
-        float top = tops[mt][half], sum = 0.f;
+        float top = tops[mt][half];
 #pragma unroll
         for (int w = 0; w < WARPS; w++) top = fmaxf(top, sh.warp_tops[w][m]);
         const float safe = top == -INFINITE ? 0.f : top;
         const float shrink = exp2_of(__fmul_rn(tops[mt][half] - safe, LOG2E));
         tops[mt][half] = top;
-#pragma unroll
-        for (int tile = 0; tile < 2; tile++) {
-          const float left = exp2_of(__fmul_rn(scores[mt][tile][half * 2] - safe, LOG2E));
-          const float right = exp2_of(__fmul_rn(scores[mt][tile][half * 2 + 1] - safe, LOG2E));
-          sum = __fadd_rn(sum, __fadd_rn(left, right));
-          *(u32*)&sh.weights[m][warp * 16 + tile * 8 + 2 * t] =
-              float_to_bf16(left) | float_to_bf16(right) << 16;
-        }
+        const float left = exp2_of(__fmul_rn(scores[mt][half * 2] - safe, LOG2E));
+        const float right = exp2_of(__fmul_rn(scores[mt][half * 2 + 1] - safe, LOG2E));
+        *(u32*)&sh.weights[m][warp * 8 + 2 * t] = float_to_bf16(left) | float_to_bf16(right) << 16;
+        float sum = __fadd_rn(left, right);
         sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
         sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
         if (t == 0) sh.warp_sums[warp][m] = sum;
@@ -347,9 +354,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           sums[mt][half] = 0.f;
         }
       }
-      __syncthreads();
       chunk = after;
-      buffer ^= 1;
+      buffer = (buffer + 1) % STAGES;
     }
 #if CLUSTER > 1
     cluster_sync();

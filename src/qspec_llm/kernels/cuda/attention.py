@@ -22,7 +22,7 @@ __all__ = ["attend", "rotate_write_attend"]
 
 HEAD_DIMS = (64, 128)
 THREADS = 256
-CHUNK, QUERIES, WARPS = 128, 16, 8  # keys of a step, queries of a tile
+CHUNK, STAGES, QUERIES, WARPS = 64, 4, 16, 8
 LANES = 8  # of chunks of keys
 LARGEST_BLOCK = 227 << 10  # bytes of shared memory
 
@@ -138,7 +138,7 @@ def _cluster(num_heads: int, tiles: int, device: int) -> int:
 def _shared_bytes(head_dim: int, queries: int, cluster: int) -> int:
     """sizeof(Shared) of attention.cu."""
     slots = LANES // cluster
-    halves = queries * (head_dim + 8 + CHUNK + 8) + 4 * CHUNK * (head_dim + 8)
+    halves = queries * (head_dim + 8 + CHUNK + 8) + 2 * STAGES * CHUNK * (head_dim + 8)
     floats = queries * (slots * (head_dim + 4 + 2) + 2 * WARPS + 1)
     return 2 * halves + 4 * floats
 
