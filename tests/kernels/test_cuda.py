@@ -83,7 +83,7 @@ def test_packing_loses_nothing(form: str, num_rows: int, num_cols: int, group: i
 
 
 def test_a_tile_byte_by_byte() -> None:
-    """Column 37 of row 21: half 0, step 2, 5 = 2 t + b0 with t = 2, b0 = 1; panel 1, g = 5."""
+    """Column 37 of row 21: half 0, step 2, 5 = 2 t + b0 with t = 2, b0 = 1; tile 1, g = 5."""
     stored = random_stored("signed16", 32, 128, 128)
     assert isinstance(stored, Planes)
     packed = layout.pack(stored, "cpu")
@@ -91,9 +91,9 @@ def test_a_tile_byte_by_byte() -> None:
     assert packed.rest is not None
     lane = 5 * 4 + 2
     codes = stored.q4[21, 37] & 15  # the low nibble: column 37 of 128 lies in the first half
-    assert packed.base[0, 0, 512 + lane * 16 + 2 * 4 + 2] & 15 == codes
-    at = 2048 + 1024 + 512 + lane * 16 + 0 * 8 + 0 * 4 + 1
-    assert packed.rest[0, 0, at] == stored.r8[21, 37]  # type: ignore[index]
+    assert packed.base[1, 0, lane * 16 + 2 * 4 + 2] & 15 == codes
+    at = 1024 + 512 + lane * 16 + 0 * 8 + 0 * 4 + 1
+    assert packed.rest[1, 0, at] == stored.r8[21, 37]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
@@ -119,7 +119,9 @@ def test_every_kernel_compiles(arch: str, tmp_path: Any, monkeypatch: pytest.Mon
         stored = None if form is None else random_stored(form, 32, 128, 64)
         spec = stored.spec if isinstance(stored, Planes) else None
         shape = linear._form(spec, view, 64)
-        more = {"NT": token_tiles, "RT": 2, "THREADS": 288, "BLOCKS": 1}
+        more = {"NT": token_tiles, "RT": 2, "COLS": 2, "WGMMA": 0, "THREADS": 288, "BLOCKS": 1}
+        if arch == "sm_90a" and token_tiles > 2:
+            more |= {"RT": 1, "WGMMA": 1, "COLS": 1}
         defines = [(k, str(v)) for k, v in {**shape.defines(), **more}.items()]
         assert nvrtc.compile_source("linear.cu", arch, defines)
         if view == VERIFY:
@@ -143,12 +145,12 @@ def test_no_gpu_is_one_sentence() -> None:
 
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
 def test_the_cut_keeps_every_multiprocessor_busy(shape: tuple[int, int]) -> None:
-    tiles = shape[0] // 32, shape[1] // 128
-    cut = linear.plan(*tiles, 2112, 132, True)
-    blocks = -(-tiles[0] // cut.tiles)
+    tiles = shape[0] // 16, shape[1] // 128
+    cut = linear.plan(*tiles, 132, True)
+    blocks = -(-tiles[0] // cut.panels)
     assert blocks * cut.splits <= 132
-    assert blocks * cut.tiles < 1.1 * tiles[0]
-    assert cut.tiles * tiles[1] / cut.splits < 1.3 * tiles[0] * tiles[1] / 132
+    assert blocks * cut.panels < 1.1 * tiles[0]
+    assert cut.panels * tiles[1] / cut.splits < 1.4 * tiles[0] * tiles[1] / 132
 
 
 @gpu
@@ -219,7 +221,7 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "heavy tails": lambda *shape: torch.distributions.StudentT(4.0).sample(shape) * 0.01,
     "zeros": sparse,
     "many octaves": lambda *shape: (
-        torch.randn(*shape) * 0.02 * torch.exp2(-20 * torch.rand(*shape))
+        torch.randn(*shape) * 0.02 * torch.exp2(-12 * torch.rand(*shape))
     ),
 }
 

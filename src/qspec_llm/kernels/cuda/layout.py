@@ -1,20 +1,21 @@
 """The packed arrangement: the bits of a stored tensor in the order in which CUDA kernels read them.
 
-A matrix is cut into tiles of 32 rows x 128 columns, its edges filled up with zero weights. With RT
+A matrix is cut into tiles of 16 rows x 128 columns, its edges filled up with zero weights. With RT
 row tiles and CT column tiles, field by field:
 
     field   packed shape      holds, a tile
-    base    [RT, CT, bytes]   q4 (2048 bytes), scales [128/G, 32], offsets [128/G, 32] (16 bits)
-    rest    [RT, CT, bytes]   r4 (2048 bytes), r8 (4096 bytes), those that exist
-    dense   [RT, CT, 8192]    bf16 values
+    base    [RT, CT, bytes]   q4 (1024 bytes), scales [128/G, 16], offsets [128/G, 16] (16 bits)
+    rest    [RT, CT, bytes]   r4 (1024 bytes), r8 (2048 bytes), those that exist
+    dense   [RT, CT, 4096]    bf16 values
 
-Within a plane of nibbles [half, panel, lane, word, byte]: lane 4 g + t holds rows g and g + 8 of a
-panel of 16 rows, word j the columns 64 half + 16 j + {2t, 2t + 8, 2t + 1, 2t + 9}, row g in the low
-nibbles and row g + 8 in the high ones. r8 is [half, panel, word pair, lane, word, row, byte] with
-bytes in the order of the columns. Dense is [half, panel, step, lane, register, half of it], the A
-fragments of mma.m16n8k16. tile.cuh reads this; the reasons are there.
+Within a plane of nibbles [half, lane, word, byte]: lane 4 g + t holds rows g and g + 8, word j the
+columns 64 half + 16 j + {2t, 2t + 8, 2t + 1, 2t + 9}, row g in the low nibbles and row g + 8 in the
+high ones. r8 is [half, word pair, lane, word, row, byte] with bytes in the order of the columns.
+Dense is [half, step, lane, register, half of it], the A fragments of mma.m16n8k16. tile.cuh reads
+this; the reasons are there.
 
-A tile is one contiguous copy, and the tiles of 32 rows follow each other along the columns.
+A tile is contiguous, and the tiles of 16 rows follow each other along the columns: what a warp
+reads is one stream.
 """
 
 from collections.abc import Iterator
@@ -38,8 +39,8 @@ __all__ = [
     "unpack",
 ]
 
-TILE_ROWS, TILE_COLS = 32, 128
-NIBBLE_BYTES, BYTE_BYTES, DENSE_BYTES = 2048, 4096, 8192
+TILE_ROWS, TILE_COLS = 16, 128
+NIBBLE_BYTES, BYTE_BYTES, DENSE_BYTES = 1024, 2048, 4096
 BLOCK_WEIGHTS = 1 << 26  # weights arranged at a time: temporaries stay small next to the tensor
 
 
@@ -192,25 +193,25 @@ def _pad(rows: Tensor, width: int = TILE_COLS) -> Tensor:
     return torch.nn.functional.pad(rows, (0, right, 0, down)) if down or right else rows
 
 
-# Axes of a matrix cut into tiles: row = 32 T + 16 p + 8 u + g, column = 128 C + 64 h + 16 j + 8 b1
-# + 2 t + b0. Below, each packed order is a permutation of (T, p, u, g, C, h, j, b1, t, b0).
-_AXES = (2, 2, 8, 2, 4, 2, 4, 2)
+# Axes of a matrix cut into tiles: row = 16 T + 8 u + g, column = 128 C + 64 h + 16 j + 8 b1 + 2 t
+# + b0. Below, each packed order is a permutation of (T, u, g, C, h, j, b1, t, b0).
+_AXES = (2, 8, 2, 4, 2, 4, 2)
 
 
 def _split(rows: Tensor) -> Tensor:
-    p, u, g, h, j, b1, t, b0 = _AXES
-    return rows.view(rows.shape[0] // TILE_ROWS, p, u, g, -1, h, j, b1, t, b0)
+    u, g, h, j, b1, t, b0 = _AXES
+    return rows.view(rows.shape[0] // TILE_ROWS, u, g, -1, h, j, b1, t, b0)
 
 
 def _join(split: Tensor, order: tuple[int, ...]) -> Tensor:
     """Undo `_split(rows).permute(order)`."""
-    back = [order.index(axis) for axis in range(10)]
-    rows = split.permute(back)
+    rows = split.permute([order.index(axis) for axis in range(len(order))])
     return rows.reshape(rows.shape[0] * TILE_ROWS, -1)
 
 
-_NIBBLE_ORDER = (0, 4, 5, 1, 3, 8, 6, 9, 7, 2)  # T C h p g t j b0 b1, then u: the nibble
-_DENSE_ORDER = (0, 4, 5, 1, 6, 3, 8, 7, 2, 9)  # T C h p j g t, register (b1, u), b0
+_NIBBLE_ORDER = (0, 3, 4, 2, 7, 5, 8, 6, 1)  # T C h g t j b0 b1, then u: the nibble
+_BYTE_ORDER = (0, 3, 4, 5, 2, 8, 6, 1, 7, 9)  # T C h pair g t word u b1 b0, with j cut in two
+_DENSE_ORDER = (0, 3, 4, 5, 2, 7, 6, 1, 8)  # T C h j g t, register (b1, u), b0
 
 
 def _to_nibbles(codes: Tensor) -> Tensor:
@@ -221,23 +222,19 @@ def _to_nibbles(codes: Tensor) -> Tensor:
 def _nibbles_to_rows(tiles: Tensor) -> Tensor:
     plane = tiles[:, :, :NIBBLE_BYTES]
     pairs = torch.stack((plane & 15, plane >> 4), -1)
-    return _join(pairs.view(*tiles.shape[:2], 2, 2, 8, 4, 4, 2, 2, 2), _NIBBLE_ORDER)
+    return _join(pairs.view(*tiles.shape[:2], 2, 8, 4, 4, 2, 2, 2), _NIBBLE_ORDER)
 
 
 def _to_bytes(values: Tensor) -> Tensor:
-    split = _split(values)  # j becomes (word pair, word)
-    split = split.view(*split.shape[:6], 2, 2, *split.shape[7:])
-    # T C h p pair g t word u b1 b0
-    ordered = split.permute(0, 4, 5, 1, 6, 3, 9, 7, 2, 8, 10)
+    split = _split(values)
+    split = split.view(*split.shape[:5], 2, 2, *split.shape[6:])
+    ordered = split.permute(_BYTE_ORDER)
     return ordered.reshape(*ordered.shape[:2], BYTE_BYTES)
 
 
 def _bytes_to_rows(tiles: Tensor) -> Tensor:
     plane = tiles[:, :, NIBBLE_BYTES:]
-    ordered = plane.reshape(*tiles.shape[:2], 2, 2, 2, 8, 4, 2, 2, 2, 2)
-    order = (0, 4, 5, 1, 6, 3, 9, 7, 2, 8, 10)
-    rows = ordered.permute([order.index(axis) for axis in range(11)])
-    return rows.reshape(rows.shape[0] * TILE_ROWS, -1)
+    return _join(plane.reshape(*tiles.shape[:2], 2, 2, 8, 4, 2, 2, 2, 2), _BYTE_ORDER)
 
 
 def _to_dense(values: Tensor) -> Tensor:
@@ -247,7 +244,7 @@ def _to_dense(values: Tensor) -> Tensor:
 
 def _dense_to_rows(tiles: Tensor) -> Tensor:
     values = tiles.view(torch.int16)
-    return _join(values.view(*tiles.shape[:2], 2, 2, 4, 8, 4, 2, 2, 2), _DENSE_ORDER)
+    return _join(values.view(*tiles.shape[:2], 2, 4, 8, 4, 2, 2, 2), _DENSE_ORDER)
 
 
 def _to_scales(values: Tensor, spec: PlaneSpec) -> Tensor:

@@ -1,24 +1,29 @@
 // out [tokens, rows] = x [tokens, columns] times packed weights, transposed; up to 128 tokens a pass.
 //
-// A block owns `T` tiles side by side (32 T rows) and one of S ranges of columns; the S blocks of a
-// cluster own the ranges of the same rows. Blocks go through their units one tile of columns at a
-// time: one warp feeds a ring of stages, the others multiply. Weights do not depend on earlier
-// kernels, so the ring is filled before those have ended.
+// A block owns P panels side by side (16 P rows) and one of S ranges of columns; the S blocks of a
+// cluster own the ranges of the same rows. Every warp streams the weights of its own panels through a
+// ring of its own in shared memory, COLS tiles of columns at a time, and refills what it has read; one
+// more warp feeds x, which all share. Weights do not depend on earlier kernels, so the rings are filled
+// before those have ended.
 //
 // A row of x meets the weights in an order that depends on the matrix alone: groups of columns one
 // after the other within a range, then the ranges in order. The number of tokens changes only which
 // instance runs (NT tiles of 8 tokens).
 //
 // Further compile-time parameters (the weights' form is in tile.cuh):
-//   ACT  16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
-//   NT   tiles of 8 tokens       RT  panels of 16 rows a warp (1 or 2)
+//   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
+//   NT    tiles of 8 tokens      RT     panels a warp (1 or 2)
+//   COLS  tiles a stage          WGMMA  products by warpgroups: RT = 1, warps a multiple of 4
 //   THREADS, BLOCKS  launch bounds
 
 #include "tile.cuh"
+#if WGMMA
+#include "wgmma.cuh"
+#endif
 
 #define TOKENS (NT * 8)
 #if ACT == 8
-#define X_BYTES (TOKENS * 128)
+#define X_BYTES (TOKENS * 128)  // of a tile of columns
 #define ACT_GROUPS (TILE_COLS / ACT_GROUP)
 #define META_BYTES (ACT_GROUPS * TOKENS * 8)
 #define SUBGROUP (GROUP < ACT_GROUP ? GROUP : ACT_GROUP)
@@ -26,75 +31,73 @@
 #define X_BYTES (TOKENS * 256)
 #define META_BYTES 0
 #endif
+#define X_STAGE ((COLS * (X_BYTES + META_BYTES) + 1023) / 1024 * 1024)
+#define PANEL_BYTES (COLS * (BASE_BYTES + REST_BYTES))
 #define MAX_STAGES 16
+#define MAX_WARPS 20
 #define PART_TILES (NT < 4 ? NT : 4)  // token tiles that are reduced at a time
 #define PART_TOKENS (PART_TILES * 8)
+#define PART_STRIDE (PART_TOKENS + 2)
 
-// Where the next linear's weights begin, for prefetching the first `depth` tiles of each of its streams.
+// Where the next linear's weights begin: the first `depth` tiles of each of its streams are fetched.
 struct Ahead {
   const u8* base;
   const u8* rest;
-  int base_bytes, rest_bytes, num_row_tiles, num_col_tiles, splits, depth;
+  int base_bytes, rest_bytes, num_row_tiles, num_col_tiles, log_splits, depth;
 };
 
 struct Problem {
-  const u8* x;       // row-major, for machines without a copy engine
-  const u8* meta;    // [groups][pitch] {float scale, int sum}
-  const u8* base;    // [row tiles][column tiles][BASE_BYTES]
-  const u8* rest;    // [row tiles][column tiles][REST_BYTES]
+  const u8* x;     // row-major, for machines without a copy engine
+  const u8* meta;  // [groups][pitch] {float scale, int sum}
+  const u8* base;  // [row tiles][column tiles][BASE_BYTES]
+  const u8* rest;  // [row tiles][column tiles][REST_BYTES]
   const u8* bias;
   u8* out;
   int num_tokens, num_rows, num_cols, num_row_tiles, num_col_tiles;
-  int pitch, splits, tiles_per_block, num_stages;
-  int bias_kind;     // 0 none, 1 bf16, 2 float32
+  int pitch, log_splits, panels, num_blocks, num_stages;
+  int bias_kind;  // 0 none, 1 bf16, 2 float32
   int out_is_float;
   Ahead ahead;
 };
 
-// What this block computes: its range of column tiles and its units (row block, token tile).
+// What this block computes: columns [first_tile, first_tile + num_tiles) of row blocks first_block,
+// first_block + block_step, ...; the tokens of blockIdx.y.
 struct Share {
-  int first_tile, num_tiles, rank, first_unit, unit_step, num_units, token_tiles;
+  int rank, first_tile, num_tiles, first_block, block_step, num_steps, first_token;
 };
 
 DEVICE Share my_share(const Problem& p) {
   Share s;
-  s.rank = blockIdx.x % p.splits;
-  s.first_tile = (long long)p.num_col_tiles * s.rank / p.splits;
-  s.num_tiles = (long long)p.num_col_tiles * (s.rank + 1) / p.splits - s.first_tile;
-  s.token_tiles = (p.num_tokens + TOKENS - 1) / TOKENS;
-  const int row_blocks = (p.num_row_tiles + p.tiles_per_block - 1) / p.tiles_per_block;
-  const int units = row_blocks * s.token_tiles;
-  s.first_unit = blockIdx.x / p.splits;
-  s.unit_step = gridDim.x / p.splits;
-  s.num_units = s.first_unit < units ? (units - s.first_unit + s.unit_step - 1) / s.unit_step : 0;
+  s.rank = blockIdx.x & ((1 << p.log_splits) - 1);
+  s.first_tile = p.num_col_tiles * s.rank >> p.log_splits;
+  s.num_tiles = (p.num_col_tiles * (s.rank + 1) >> p.log_splits) - s.first_tile;
+  s.first_block = blockIdx.x >> p.log_splits;
+  s.block_step = gridDim.x >> p.log_splits;
+  s.num_steps = (s.num_tiles + COLS - 1) / COLS;
+  s.first_token = blockIdx.y * TOKENS;
   return s;
 }
 
-struct Unit {
-  int row_tile, tiles_here, token;
+// A place in a ring, and whether it is being used an odd time.
+struct Slot {
+  int index, parity;
+  DEVICE void advance(int count) {
+    if (++index == count) index = 0, parity ^= 1;
+  }
 };
-
-DEVICE Unit unit_of(const Problem& p, const Share& s, int index) {
-  const int unit = s.first_unit + index * s.unit_step;
-  Unit u;
-  u.row_tile = unit / s.token_tiles * p.tiles_per_block;
-  u.tiles_here = min(p.tiles_per_block, p.num_row_tiles - u.row_tile);
-  u.token = unit % s.token_tiles * TOKENS;
-  return u;
-}
-
-// A stage: x, then base of every tile, then rest of every tile, then meta.
-DEVICE u32 stage_bytes(int tiles) {
-  return (X_BYTES + tiles * (BASE_BYTES + REST_BYTES) + META_BYTES + 1023) / 1024 * 1024;
-}
 
 // ---- multiplication ------------------------------------------------------------------------------
 
 typedef float Accumulators[RT][NT][4];
 
 struct Lane {
-  int lane, g, t, panel;  // panel: the first of this warp's panels in its tile
+  int lane, g, t;
   u32 matrix_row, matrix_chunk;
+};
+
+// Shared addresses of one tile of columns: x, its scales and sums, and the weights of RT panels.
+struct Tile {
+  u32 x, meta, base[RT], rest[RT];
 };
 
 // Address of this lane's row for load_matrices: token tile n, 16-byte chunks from `chunk`. Rows of
@@ -103,26 +106,25 @@ DEVICE u32 x_at(const Lane& l, u32 x, int n, int chunk) {
   return x + n * 1024 + l.matrix_row * 128 + (((chunk + l.matrix_chunk) ^ l.matrix_row) << 4);
 }
 
-DEVICE float row_scale(const Lane& l, u32 base, int p, int upper, int group, int which) {
-  const int row = (l.panel + p) * 16 + l.g + 8 * upper;
-  return scale_to_float(load_shared_u16(base + scale_at(group, row, which)));
+DEVICE float row_scale(const Lane& l, u32 base, int upper, int group, int which) {
+  return scale_to_float(load_shared_u16(base + scale_at(group, l.g + 8 * upper, which)));
 }
 
 // Offset of the weights of a group in units of the weight: b, and the middle of 16 codes.
-DEVICE float row_shift(const Lane& l, u32 base, int p, int upper, int group) {
+DEVICE float row_shift(const Lane& l, u32 base, int upper, int group) {
   float shift = 0.f;
 #if OFFSET
-  shift = row_scale(l, base, p, upper, group, 1);
+  shift = row_scale(l, base, upper, group, 1);
 #endif
 #if MIDDLE
-  shift += row_scale(l, base, p, upper, group, 0) * (7.5f / 16.f);
+  shift += row_scale(l, base, upper, group, 0) * (7.5f / 16.f);
 #endif
   return shift;
 }
 
 #if ACT == 8
 // Integer products of a subgroup of columns, then one float accumulation with both scales.
-DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32 rest, u32 meta) {
+DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
   const float unit = BITS == 8 ? 1.f / 16.f : 1.f;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -132,12 +134,12 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32
 #endif
 #pragma unroll
     for (int p = 0; p < RT; p++) {
-      const u32 at = nibbles_at(h, l.panel + p) + l.lane * 16;
-      const uint4 w = load_shared4(base + at);
+      const u32 at = nibbles_at(h) + l.lane * 16;
+      const uint4 w = load_shared4(tile.base[p] + at);
       bytes_of(a[p][0], to_unsigned(w.x), to_unsigned(w.y));
       bytes_of(a[p][1], to_unsigned(w.z), to_unsigned(w.w));
 #if BITS == 8
-      const uint4 e = load_shared4(rest + at);
+      const uint4 e = load_shared4(tile.rest[p] + at);
       bytes_of(fine[p][0], e.x, e.y);
       bytes_of(fine[p][1], e.z, e.w);
 #endif
@@ -154,17 +156,59 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32
       for (int p = 0; p < RT; p++) {
 #pragma unroll
         for (int upper = 0; upper < 2; upper++) {
-          scale[p][upper] = row_scale(l, base, p, upper, group, 0) * unit;
+          scale[p][upper] = row_scale(l, tile.base[p], upper, group, 0) * unit;
 #if HAS_SHIFT
-          shift[p][upper] = row_shift(l, base, p, upper, group);
+          shift[p][upper] = row_shift(l, tile.base[p], upper, group);
 #endif
         }
       }
+#if WGMMA
+      int d[NT][4];
+#if BITS == 8
+      int high[NT][4];
+#endif
+      wgmma_begin();
+#pragma unroll
+      for (int step = sub; step < sub + SUBGROUP / 32; step++) {
+        const u64 b = x_descriptor(tile.x + h * 64 + step * 32);
+#if BITS == 8
+        wgmma_u8s8(high, a[0][step], b, step > sub);
+        wgmma_u8s8(d, fine[0][step], b, step > sub);
+#else
+        wgmma_u8s8(d, a[0][step], b, step > sub);
+#endif
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      hold(d);
+#if BITS == 8
+      hold(high);
+#endif
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        const uint4 m = load_shared4(tile.meta + (act_group * TOKENS + n * 8 + 2 * l.t) * 8);
+        const float xs0 = __uint_as_float(m.x), xs1 = __uint_as_float(m.z);
+        const int z0 = -LEVEL_ZERO * (int)m.y, z1 = -LEVEL_ZERO * (int)m.w;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float xs = i & 1 ? xs1 : xs0;
+          int level = d[n][i] + (i & 1 ? z1 : z0);
+#if BITS == 8
+          level += 16 * high[n][i];
+#endif
+          acc[0][n][i] = fmaf((float)level, xs * scale[0][i >> 1], acc[0][n][i]);
+#if HAS_SHIFT
+          const float sum = (float)(int)(i & 1 ? m.w : m.y);
+          acc[0][n][i] = fmaf(sum * xs, shift[0][i >> 1], acc[0][n][i]);
+#endif
+        }
+      }
+#else
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         u32 b[4];
-        load_matrices(b, x_at(l, x, n, h * 4));
-        const uint4 m = load_shared4(meta + (act_group * TOKENS + n * 8 + 2 * l.t) * 8);
+        load_matrices(b, x_at(l, tile.x, n, h * 4));
+        const uint4 m = load_shared4(tile.meta + (act_group * TOKENS + n * 8 + 2 * l.t) * 8);
         const float xs0 = __uint_as_float(m.x), xs1 = __uint_as_float(m.z);
         int sum[2] = {(int)m.y, (int)m.w};
 #if GROUP < ACT_GROUP
@@ -205,12 +249,13 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32
           }
         }
       }
+#endif
     }
   }
 }
 #elif BITS == 4 || BITS == 8
 // Products of bf16 x with levels, a group of columns at a time, then its scale.
-DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32 rest, u32 meta) {
+DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
   const float unit = BITS == 8 ? 1.f / 16.f : 1.f;
   const int steps = GROUP / 16;
 #pragma unroll
@@ -225,23 +270,41 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32
 #pragma unroll
       for (int step = 0; step < steps; step += 2) {
         const int at_step = group * steps + step, h = at_step / 4;
-        const u32 at = nibbles_at(h, l.panel + p) + l.lane * 16 + at_step % 4 * 4;
+        const u32 at = nibbles_at(h) + l.lane * 16 + at_step % 4 * 4;
         u32 first, second, low0 = 0, low1 = 0;
-        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(first), "=r"(second) : "r"(base + at));
+        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(first), "=r"(second) : "r"(tile.base[p] + at));
 #if BITS == 8
-        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(low0), "=r"(low1) : "r"(rest + at));
+        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(low0), "=r"(low1) : "r"(tile.rest[p] + at));
 #endif
         levels_of(a[p][step], first, low0);
         levels_of(a[p][step + 1], second, low1);
       }
 #pragma unroll
       for (int upper = 0; upper < 2; upper++) {
-        scale[p][upper] = row_scale(l, base, p, upper, group, 0) * unit;
+        scale[p][upper] = row_scale(l, tile.base[p], upper, group, 0) * unit;
 #if HAS_SHIFT
-        shift[p][upper] = row_shift(l, base, p, upper, group);
+        shift[p][upper] = row_shift(l, tile.base[p], upper, group);
 #endif
       }
     }
+#if WGMMA
+    float d[NT][4];
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < steps; step++) {
+      const int at_step = group * steps + step, h = at_step / 4;
+      const u32 x = tile.x + h * (X_BYTES / 2) + at_step % 4 * 32;
+      wgmma_bf16(d, a[0][step], x_descriptor(x), step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(d);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) acc[0][n][i] = fmaf(d[n][i], scale[0][i >> 1], acc[0][n][i]);
+    }
+#else
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       float d[RT][4] = {};
@@ -253,7 +316,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32
       for (int step = 0; step < steps; step += 2) {
         const int at_step = group * steps + step, h = at_step / 4;
         u32 b[4];
-        load_matrices(b, x_at(l, x + h * (X_BYTES / 2), n, at_step % 4 * 2));
+        load_matrices(b, x_at(l, tile.x + h * (X_BYTES / 2), n, at_step % 4 * 2));
 #pragma unroll
         for (int p = 0; p < RT; p++) mma_bf16(d[p], a[p][step], b[0], b[1]);
 #pragma unroll
@@ -274,54 +337,71 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32
         }
       }
     }
+#endif
   }
 }
 #else
-// Products of bf16 x with bf16 weights: exact ones put together from their planes, or dense ones.
-DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32 rest, u32 meta) {
+// The bf16 weights of half a tile as A fragments: put together from their planes, or dense ones.
+DEVICE void weights_of(u32 (&a)[4][4], const Lane& l, u32 base, u32 rest, int h) {
+#if BITS == 0
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    const uint4 w = load_shared4(base + dense_at(h, step) + l.lane * 16);
+    a[step][0] = w.x, a[step][1] = w.y, a[step][2] = w.z, a[step][3] = w.w;
+  }
+#else
+  const uint4 w = load_shared4(base + nibbles_at(h) + l.lane * 16);
+  const uint4 e = load_shared4(rest + nibbles_at(h) + l.lane * 16);
+  const uint4 f0 = load_shared4(rest + bytes_at(h, 0) + l.lane * 16);
+  const uint4 f1 = load_shared4(rest + bytes_at(h, 1) + l.lane * 16);
+  const u32 codes[4] = {w.x, w.y, w.z, w.w}, r4[4] = {e.x, e.y, e.z, e.w};
+  const u32 r8[4][2] = {{f0.x, f0.y}, {f0.z, f0.w}, {f1.x, f1.y}, {f1.z, f1.w}};
+  u32 scale[2], half[2];
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    if (step % (GROUP / 16) == 0) {
+      const int group = (h * 64 + step * 16) / GROUP;
+#pragma unroll
+      for (int upper = 0; upper < 2; upper++) {
+        const u32 at = base + scale_at(group, l.g + 8 * upper, 0);
+        anchor_factors(scale[upper], half[upper], load_shared_u16(at));
+      }
+    }
+    exact_of(a[step], codes[step], r4[step], r8[step], scale, half);
+  }
+#endif
+}
+
+#if WGMMA
+// One half is decoded while the products of the other run.
+DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
+  u32 a[2][4][4];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    weights_of(a[h], l, tile.base[0], tile.rest[0], h);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      wgmma_bf16(acc[0], a[h][step], x_descriptor(tile.x + h * (X_BYTES / 2) + step * 32), 1);
+    }
+    wgmma_commit();
+  }
+  wgmma_wait<0>();
+  hold(acc[0]);
+}
+#else
+DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     u32 a[RT][4][4];
 #pragma unroll
-    for (int p = 0; p < RT; p++) {
-#if BITS == 0
-#pragma unroll
-      for (int step = 0; step < 4; step++) {
-        const uint4 w = load_shared4(base + dense_at(h, l.panel + p, step) + l.lane * 16);
-        a[p][step][0] = w.x;
-        a[p][step][1] = w.y;
-        a[p][step][2] = w.z;
-        a[p][step][3] = w.w;
-      }
-#else
-      const uint4 w = load_shared4(base + nibbles_at(h, l.panel + p) + l.lane * 16);
-      const uint4 e = load_shared4(rest + nibbles_at(h, l.panel + p) + l.lane * 16);
-      const uint4 f0 = load_shared4(rest + bytes_at(h, l.panel + p, 0) + l.lane * 16);
-      const uint4 f1 = load_shared4(rest + bytes_at(h, l.panel + p, 1) + l.lane * 16);
-      const u32 codes[4] = {w.x, w.y, w.z, w.w}, r4[4] = {e.x, e.y, e.z, e.w};
-      const u32 r8[4][2] = {{f0.x, f0.y}, {f0.z, f0.w}, {f1.x, f1.y}, {f1.z, f1.w}};
-      u32 scale[2], half[2];
-#pragma unroll
-      for (int step = 0; step < 4; step++) {
-        if (step % (GROUP / 16) == 0) {
-          const int group = (h * 64 + step * 16) / GROUP;
-#pragma unroll
-          for (int upper = 0; upper < 2; upper++) {
-            const int row = (l.panel + p) * 16 + l.g + 8 * upper;
-            anchor_factors(scale[upper], half[upper],
-                           load_shared_u16(base + scale_at(group, row, 0)));
-          }
-        }
-        exact_of(a[p][step], codes[step], r4[step], r8[step], scale, half);
-      }
-#endif
-    }
+    for (int p = 0; p < RT; p++) weights_of(a[p], l, tile.base[p], tile.rest[p], h);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll
       for (int step = 0; step < 4; step += 2) {
         u32 b[4];
-        load_matrices(b, x_at(l, x + h * (X_BYTES / 2), n, step * 2));
+        load_matrices(b, x_at(l, tile.x + h * (X_BYTES / 2), n, step * 2));
 #pragma unroll
         for (int p = 0; p < RT; p++) mma_bf16(acc[p][n], a[p][step], b[0], b[1]);
 #pragma unroll
@@ -330,6 +410,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, u32 x, u32 base, u32
     }
   }
 }
+#endif
 #endif
 
 // ---- results -------------------------------------------------------------------------------------
@@ -344,105 +425,92 @@ DEVICE float bias_of(const Problem& p, int row) {
   return ((const float*)p.bias)[row];
 }
 
-// Four neighbouring rows of the matrix for one token.
-DEVICE void store_row(const Problem& p, int token, int row, const float (&v)[4]) {
-  const size_t at = (size_t)token * p.num_rows + row;
-  if (p.num_rows % 4 == 0) {
-    if (row >= p.num_rows) return;
-    if (p.out_is_float) {
-      *(float4*)(p.out + at * 4) = make_float4(v[0], v[1], v[2], v[3]);
-    } else {
-      const u32 lo = float_to_bf16(v[0]) | float_to_bf16(v[1]) << 16;
-      const u32 hi = float_to_bf16(v[2]) | float_to_bf16(v[3]) << 16;
-      *(uint2*)(p.out + at * 2) = make_uint2(lo, hi);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if (row + i >= p.num_rows) return;
-    if (p.out_is_float) ((float*)p.out)[at + i] = v[i];
-    else ((u16*)p.out)[at + i] = float_to_bf16(v[i]);
-  }
-}
-
+// Parts of sums in this block's shared memory: [rank][row of its slice][PART_STRIDE] float32. Ranks
+// write theirs into the block that owns the rows, which is told when all bytes are there.
 struct Exchange {
-  u32 part;         // [PART_TOKENS][rows + 4] float32: this block's sums over its columns
-  u32 ready, free;  // barriers of the cluster: all parts are written; all have been read
-  u32 parity;
+  u32 parts;
+  u32 ready;   // all parts of a round are here
+  u32 free;    // every block has read the parts of the round before
+  int round;
 };
 
 // Add the parts of all ranges in order and store them; every block of the cluster a slice of rows.
-DEVICE void finish_unit(const Problem& p, const Share& s, const Unit& u, const Accumulators& acc,
-                        const Lane& l, int warp, int threads, Exchange& e) {
-  const int rows = p.tiles_per_block * TILE_ROWS, stride = rows + 4;
-  const int thread = warp * 32 + l.lane, first_row = warp * RT * 16;
-  const int slice = rows / p.splits, slice_row = s.rank * slice;
+DEVICE void finish_rows(const Problem& p, const Share& s, int row_block, bool is_last,
+                        const Accumulators& acc, const Lane& l, int warp, int threads,
+                        Exchange& e) {
+  const int rows = p.panels * TILE_ROWS, splits = 1 << p.log_splits;
+  const int slice = rows >> p.log_splits, thread = warp * 32 + l.lane;
 #pragma unroll
   for (int n0 = 0; n0 < NT; n0 += PART_TILES) {
 #if HAS_BULK_COPY
-    if (p.splits > 1) barrier_wait_cluster(e.free, e.parity ^ 1);
+    if (splits > 1 && e.round > 0) barrier_wait(e.free, (e.round - 1) & 1);
 #endif
 #pragma unroll
-    for (int n = 0; n < PART_TILES; n++) {
+    for (int q = 0; q < RT; q++) {
 #pragma unroll
-      for (int q = 0; q < RT; q++) {
+      for (int upper = 0; upper < 2; upper++) {
+        const int row = (warp * RT + q) * TILE_ROWS + l.g + 8 * upper;
+        if (row >= rows) continue;
+#if HAS_BULK_COPY
+        const int owner = splits > 1 ? row / slice : 0;
+#else
+        const int owner = 0;
+#endif
+        const int place = s.rank * slice + row - owner * slice;
+        const u32 at = e.parts + (place * PART_STRIDE + 2 * l.t) * 4;
+#if HAS_BULK_COPY
+        const u32 to = splits > 1 ? remote_address(at, owner) : at;
+        const u32 bar = splits > 1 ? remote_address(e.ready, owner) : 0;
+#endif
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int token = n * 8 + 2 * l.t + (i & 1), row = first_row + q * 16 + l.g + 8 * (i >> 1);
-          store_shared(e.part + (token * stride + row) * 4, acc[q][n0 + n][i]);
+        for (int n = 0; n < PART_TILES; n++) {
+          const float v0 = acc[q][n0 + n][2 * upper], v1 = acc[q][n0 + n][2 * upper + 1];
+#if HAS_BULK_COPY
+          if (splits > 1) {
+            store_remote(to + n * 32, v0, v1, bar);
+            continue;
+          }
+#endif
+          store_shared(at + n * 32, v0, v1);
         }
       }
     }
-    sync_consumers(threads);
 #if HAS_BULK_COPY
-    if (p.splits > 1) {
-      if (thread < p.splits) {
-        asm volatile("fence.acq_rel.cluster;" ::: "memory");
-        barrier_arrive_remote(remote_address(e.ready, thread));
-      }
-      barrier_wait_cluster(e.ready, e.parity);
-    }
-#endif
-    const int quads = slice / 4;
-    for (int item = thread; item < quads * PART_TOKENS; item += threads) {
-      const int token = item / quads, row = slice_row + item % quads * 4;
-      const u32 at = e.part + (token * stride + row) * 4;
-      float v[4];
-#if HAS_BULK_COPY
-      float4 sum = load_remote4(remote_address(at, 0));
-      for (int r = 1; r < p.splits; r++) {
-        const float4 more = load_remote4(remote_address(at, r));
-        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-      }
-      v[0] = sum.x, v[1] = sum.y, v[2] = sum.z, v[3] = sum.w;
+    if (splits > 1) barrier_wait(e.ready, e.round & 1);
+    else sync_consumers(threads);
 #else
-      const uint4 sum = load_shared4(at);
-      v[0] = __uint_as_float(sum.x), v[1] = __uint_as_float(sum.y);
-      v[2] = __uint_as_float(sum.z), v[3] = __uint_as_float(sum.w);
+    sync_consumers(threads);
 #endif
-      const int row_of_matrix = u.row_tile * TILE_ROWS + row;
-      const int token_of_x = u.token + n0 * 8 + token;
-      if (token_of_x >= p.num_tokens) continue;
-#pragma unroll
-      for (int i = 0; i < 4; i++) v[i] += bias_of(p, row_of_matrix + i);
-      store_row(p, token_of_x, row_of_matrix, v);
+    const int first_row = row_block * rows + s.rank * slice;
+    for (int item = thread; item < slice * PART_TOKENS; item += threads) {
+      // neighbouring threads write neighbouring rows of one token
+      const int token = item / slice, row = item % slice;
+      float sum = load_shared(e.parts + (row * PART_STRIDE + token) * 4);
+      for (int r = 1; r < splits; r++) {
+        sum += load_shared(e.parts + ((r * slice + row) * PART_STRIDE + token) * 4);
+      }
+      const int token_of_x = s.first_token + n0 * 8 + token, row_of_matrix = first_row + row;
+      if (token_of_x >= p.num_tokens || row_of_matrix >= p.num_rows) continue;
+      sum += bias_of(p, row_of_matrix);
+      const size_t at = (size_t)token_of_x * p.num_rows + row_of_matrix;
+      if (p.out_is_float) ((float*)p.out)[at] = sum;
+      else ((u16*)p.out)[at] = float_to_bf16(sum);
     }
     sync_consumers(threads);
 #if HAS_BULK_COPY
-    if (p.splits > 1 && thread < p.splits) {
-      barrier_arrive_remote(remote_address(e.free, thread));
+    if (splits > 1 && !(is_last && n0 + PART_TILES == NT)) {
+      if (thread == 0) barrier_expect(e.ready, rows * PART_TOKENS * 4);
+      if (thread < splits) barrier_arrive_remote(remote_address(e.free, thread));
     }
 #endif
-    e.parity ^= 1;
+    e.round++;
   }
 }
 
-DEVICE Lane my_lane(int warp) {
+DEVICE Lane my_lane() {
   Lane l;
   l.lane = threadIdx.x % 32;
   l.g = l.lane / 4, l.t = l.lane % 4;
-  l.panel = RT == 1 ? warp % 2 : 0;
   l.matrix_row = l.lane % 8, l.matrix_chunk = l.lane / 8;
   return l;
 }
@@ -456,128 +524,173 @@ DEVICE void clear(Accumulators& acc) {
       for (int i = 0; i < 4; i++) acc[p][n][i] = 0.f;
 }
 
+// The tiles of a stage that exist, one after the other. x and weights are the stage's addresses.
+DEVICE void multiply_stage(Accumulators& acc, const Lane& l, u32 x, u32 weights, int count) {
+#pragma unroll
+  for (int c = 0; c < COLS; c++) {
+    if (c >= count) break;
+    Tile tile;
+    tile.x = x + c * X_BYTES;
+    tile.meta = x + COLS * X_BYTES + c * META_BYTES;
+#pragma unroll
+    for (int q = 0; q < RT; q++) {
+      tile.base[q] = weights + q * PANEL_BYTES + c * BASE_BYTES;
+      tile.rest[q] = weights + q * PANEL_BYTES + COLS * BASE_BYTES + c * REST_BYTES;
+    }
+    multiply_tile(acc, l, tile);
+  }
+}
+
 #if HAS_BULK_COPY
 // ---- feeding, with a copy engine -----------------------------------------------------------------
 
-struct Ring {
-  u32 stages, bytes, full, empty;  // barriers: 8 bytes a stage
+// A warp's own ring of weights. Only lane 0 copies; `next` is what it fetches next.
+struct Stream {
+  u32 ring, bars;
+  int block, step;  // next: row block and step of columns
+  Slot slot;
+
+  // Fetch one stage, if there is one more. A panel beyond the matrix has none.
+  DEVICE void fetch(const Problem& p, const Share& s, int warp, u64 policy) {
+    if (block >= p.num_blocks) return;
+    const int first = block * p.panels + warp * RT;
+    const int panels = min(RT, min(p.num_row_tiles - first, p.panels - warp * RT));
+    const int count = min(COLS, s.num_tiles - step * COLS);
+    if (panels > 0) {
+      const u32 bar = bars + slot.index * 8;
+      barrier_expect(bar, panels * count * (BASE_BYTES + REST_BYTES));
+      for (int q = 0; q < panels; q++) {
+        const size_t tile =
+            (size_t)(first + q) * p.num_col_tiles + s.first_tile + step * COLS;
+        const u32 to = ring + (slot.index * RT + q) * PANEL_BYTES;
+        bulk_load(to, p.base + tile * BASE_BYTES, count * BASE_BYTES, bar, policy);
+#if REST_BYTES
+        bulk_load(to + COLS * BASE_BYTES, p.rest + tile * REST_BYTES, count * REST_BYTES, bar,
+                  policy);
+#endif
+      }
+      slot.advance(p.num_stages);
+    }
+    if (++step == s.num_steps) step = 0, block += s.block_step;
+  }
 };
 
-DEVICE void feed_weights(const Problem& p, const Share& s, const Ring& ring, int index, int lane,
-                         u64 policy) {
-  const int slot = index % p.num_stages;
-  const Unit u = unit_of(p, s, index / s.num_tiles);
-  const u32 bar = ring.full + slot * 8;
-  if (lane == 0) {
-    barrier_expect(bar, u.tiles_here * (BASE_BYTES + REST_BYTES) + X_BYTES + META_BYTES);
-  }
+DEVICE void fetch_x(const Problem& p, const Share& s, const TensorMap* map, u32 to, u32 bar,
+                    int step, int lane) {
+  const int tile = s.first_tile + step * COLS;
+  const int count = min(COLS, s.num_tiles - step * COLS);
+  if (lane == 0) barrier_expect(bar, count * (X_BYTES + META_BYTES));
   __syncwarp();
-  if (lane >= u.tiles_here) return;
-  const size_t tile =
-      (size_t)(u.row_tile + lane) * p.num_col_tiles + s.first_tile + index % s.num_tiles;
-  const u32 to = ring.stages + slot * ring.bytes + X_BYTES;
-  bulk_load(to + lane * BASE_BYTES, p.base + tile * BASE_BYTES, BASE_BYTES, bar, policy);
-#if REST_BYTES
-  bulk_load(to + p.tiles_per_block * BASE_BYTES + lane * REST_BYTES, p.rest + tile * REST_BYTES,
-            REST_BYTES, bar, policy);
-#endif
-}
-
-DEVICE void feed_x(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map,
-                   int index, int lane) {
-  const int slot = index % p.num_stages;
-  const Unit u = unit_of(p, s, index / s.num_tiles);
-  const u32 bar = ring.full + slot * 8, to = ring.stages + slot * ring.bytes;
-  const int tile = s.first_tile + index % s.num_tiles;
 #if ACT == 8
-  if (lane == 0) tensor_load(to, map, tile * TILE_COLS, u.token, bar);
-  if (lane < ACT_GROUPS) {
-    const size_t group = (size_t)tile * ACT_GROUPS + lane;
-    bulk_load(to + X_BYTES + p.tiles_per_block * (BASE_BYTES + REST_BYTES) + lane * TOKENS * 8,
-              p.meta + (group * p.pitch + u.token) * 8, TOKENS * 8, bar);
+  if (lane < count) {
+    tensor_load(to + lane * X_BYTES, map, (tile + lane) * TILE_COLS, s.first_token, bar);
+  }
+  const int group = lane - COLS;
+  if (group >= 0 && group < count * ACT_GROUPS) {
+    bulk_load(to + COLS * X_BYTES + group * TOKENS * 8,
+              p.meta + ((size_t)(tile * ACT_GROUPS + group) * p.pitch + s.first_token) * 8,
+              TOKENS * 8, bar);
   }
 #else
-  if (lane < 2) {
-    tensor_load(to + lane * (X_BYTES / 2), map, tile * TILE_COLS + lane * 64, u.token, bar);
+  if (lane < 2 * count) {
+    tensor_load(to + lane * (X_BYTES / 2), map, tile * TILE_COLS + lane * 64, s.first_token, bar);
   }
 #endif
 }
 
 // The first tiles of every stream of the next linear, into the L2.
 DEVICE void prefetch_ahead(const Ahead& a, int lane) {
-  const int streams = a.num_row_tiles * a.splits;
-  for (int i = blockIdx.x + lane * gridDim.x; i < streams; i += gridDim.x * 32) {
-    const int first = (long long)a.num_col_tiles * (i % a.splits) / a.splits;
-    const size_t tile = (size_t)(i / a.splits) * a.num_col_tiles + first;
+  const int splits = 1 << a.log_splits;
+  for (int i = blockIdx.x + lane * gridDim.x; i < a.num_row_tiles * splits; i += gridDim.x * 32) {
+    const int first = a.num_col_tiles * (i & (splits - 1)) >> a.log_splits;
+    const size_t tile = (size_t)(i >> a.log_splits) * a.num_col_tiles + first;
     prefetch_l2(a.base + tile * a.base_bytes, a.base_bytes * a.depth);
     if (a.rest_bytes) prefetch_l2(a.rest + tile * a.rest_bytes, a.rest_bytes * a.depth);
   }
 }
 
-DEVICE void feed(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map) {
-  const int lane = threadIdx.x % 32, total = s.num_units * s.num_tiles;
-  const int first = min(total, p.num_stages);
-  const u64 policy = evict_first_policy();
-  for (int i = 0; i < first; i++) feed_weights(p, s, ring, i, lane, policy);
-  wait_for_earlier_kernels();
-  for (int i = 0; i < first; i++) feed_x(p, s, ring, map, i, lane);
-  for (int i = first; i < total; i++) {
-    barrier_wait(ring.empty + i % p.num_stages * 8, (i / p.num_stages - 1) & 1);
-    feed_weights(p, s, ring, i, lane, policy);
-    feed_x(p, s, ring, map, i, lane);
-  }
-  if (p.ahead.depth) prefetch_ahead(p.ahead, lane);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     linear(const __grid_constant__ TensorMap map, const __grid_constant__ Problem p) {
   extern __shared__ u8 raw[];
-  __shared__ u64 barriers[2 * MAX_STAGES + 2];
+  __shared__ u64 barriers[(2 + MAX_WARPS) * MAX_STAGES + 2];
   launch_dependents();
   const int warp = threadIdx.x / 32, consumers = blockDim.x / 32 - 1;
   const Share s = my_share(p);
-  const u32 bars = smem_address(barriers);
-  const Ring ring = {(smem_address(raw) + 1023) / 1024 * 1024, stage_bytes(p.tiles_per_block), bars,
-                     bars + MAX_STAGES * 8};
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < p.num_stages; i++) {
-      barrier_init(ring.full + i * 8, 1);
-      barrier_init(ring.empty + i * 8, consumers);
+  const Lane l = my_lane();
+  const u32 x_ring = (smem_address(raw) + 1023) / 1024 * 1024;
+  const u32 weights = x_ring + p.num_stages * X_STAGE;
+  const u32 x_full = smem_address(barriers), x_empty = x_full + MAX_STAGES * 8;
+  const u32 w_full = x_empty + MAX_STAGES * 8 + warp * MAX_STAGES * 8;
+  const u32 ready = x_empty + (1 + MAX_WARPS) * MAX_STAGES * 8;
+  Stream stream = {weights + warp * p.num_stages * RT * PANEL_BYTES, w_full, s.first_block, 0, {}};
+  const u64 policy = evict_first_policy();
+  // every warp sets up its own barriers and lets its own weights come
+  if (l.lane == 0) {
+    if (warp == consumers) {
+      for (int i = 0; i < p.num_stages; i++) {
+        barrier_init(x_full + i * 8, 1);
+        barrier_init(x_empty + i * 8, consumers);
+      }
+      barrier_init(ready, 1);
+      barrier_init(ready + 8, 1 << p.log_splits);
+      barrier_expect(ready, p.panels * TILE_ROWS * PART_TOKENS * 4);
+    } else {
+      for (int i = 0; i < p.num_stages; i++) barrier_init(w_full + i * 8, 1);
     }
-    barrier_init(bars + 2 * MAX_STAGES * 8, p.splits);
-    barrier_init(bars + 2 * MAX_STAGES * 8 + 8, p.splits);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (warp < consumers) {
+      for (int i = 0; i < p.num_stages; i++) stream.fetch(p, s, warp, policy);
+    }
   }
-  if (p.splits > 1) cluster_sync();
-  else __syncthreads();
+  __syncwarp();
+  if (p.log_splits) cluster_arrive();
+  __syncthreads();
 
   if (warp == consumers) {
-    feed(p, s, ring, &map);
+    wait_for_earlier_kernels();
+    Slot slot = {0, 0};
+    bool is_first = true;
+    for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {
+      for (int step = 0; step < s.num_steps; step++) {
+        if (!is_first) barrier_wait(x_empty + slot.index * 8, slot.parity ^ 1);
+        fetch_x(p, s, &map, x_ring + slot.index * X_STAGE, x_full + slot.index * 8, step, l.lane);
+        slot.advance(p.num_stages);
+        if (slot.parity) is_first = false;
+      }
+    }
+    if (p.ahead.depth) prefetch_ahead(p.ahead, l.lane);
+    if (p.log_splits) cluster_wait();
     return;
   }
-  const Lane l = my_lane(warp);
-  Exchange e = {ring.stages + p.num_stages * ring.bytes, bars + 2 * MAX_STAGES * 8,
-                bars + 2 * MAX_STAGES * 8 + 8, 0};
-  const int tile = warp * RT / 2;
-  for (int unit = 0, i = 0; unit < s.num_units; unit++) {
-    const Unit u = unit_of(p, s, unit);
+  Exchange e = {weights + consumers * p.num_stages * RT * PANEL_BYTES, ready, ready + 8, 0};
+  Slot x_slot = {0, 0}, w_slot = {0, 0};
+  for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {
+    const bool has_rows = warp * RT < p.panels && block * p.panels + warp * RT < p.num_row_tiles;
     Accumulators acc;
     clear(acc);
-    for (int k = 0; k < s.num_tiles; k++, i++) {
-      const int slot = i % p.num_stages;
-      const u32 x = ring.stages + slot * ring.bytes, base = x + X_BYTES + tile * BASE_BYTES;
-      const u32 rests = x + X_BYTES + p.tiles_per_block * BASE_BYTES;
-      const u32 meta = rests + p.tiles_per_block * REST_BYTES;
-      barrier_wait(ring.full + slot * 8, i / p.num_stages & 1);
-      if (tile < u.tiles_here) multiply_tile(acc, l, x, base, rests + tile * REST_BYTES, meta);
+    for (int step = 0; step < s.num_steps; step++) {
+      if (has_rows) barrier_wait(w_full + w_slot.index * 8, w_slot.parity);
+      barrier_wait(x_full + x_slot.index * 8, x_slot.parity);
+      if (has_rows || WGMMA) {
+        multiply_stage(acc, l, x_ring + x_slot.index * X_STAGE,
+                       stream.ring + w_slot.index * RT * PANEL_BYTES,
+                       min(COLS, s.num_tiles - step * COLS));
+      }
       __syncwarp();
-      if (l.lane == 0) barrier_arrive(ring.empty + slot * 8);
+      if (l.lane == 0) {
+        barrier_arrive(x_empty + x_slot.index * 8);
+        if (has_rows) stream.fetch(p, s, warp, policy);
+      }
+      x_slot.advance(p.num_stages);
+      if (has_rows) w_slot.advance(p.num_stages);
     }
-    if (unit == 0) wait_for_earlier_kernels();
-    finish_unit(p, s, u, acc, l, warp, consumers * 32, e);
+    if (block == s.first_block) {
+      wait_for_earlier_kernels();
+      if (p.log_splits) cluster_wait();
+    }
+    finish_rows(p, s, block, block + s.block_step >= p.num_blocks, acc, l, warp, consumers * 32, e);
   }
-  // a block's parts stay until all of its cluster have read them
-  if (p.splits > 1 && s.num_units) barrier_wait_cluster(e.free, e.parity ^ 1);
 }
 
 #else
@@ -585,38 +698,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 #define RING 3
 
-DEVICE void feed(const Problem& p, const Share& s, u32 stage, int index) {
-  const Unit u = unit_of(p, s, index / s.num_tiles);
-  const int tile = s.first_tile + index % s.num_tiles;
-  const u32 weights = stage + X_BYTES;
-  for (int i = threadIdx.x; i < u.tiles_here * (BASE_BYTES / 16); i += blockDim.x) {
-    const int r = i / (BASE_BYTES / 16), at = i % (BASE_BYTES / 16) * 16;
-    const size_t from = (size_t)(u.row_tile + r) * p.num_col_tiles + tile;
-    copy16(weights + r * BASE_BYTES + at, p.base + from * BASE_BYTES + at, true);
+DEVICE void fetch(const Problem& p, const Share& s, u32 stage, int block, int tile) {
+  const u32 weights = stage + X_STAGE;
+  const int first = block * p.panels, panels = min(p.panels, p.num_row_tiles - first);
+  for (int i = threadIdx.x; i < panels * (BASE_BYTES / 16); i += blockDim.x) {
+    const int q = i / (BASE_BYTES / 16), at = i % (BASE_BYTES / 16) * 16;
+    const size_t from = (size_t)(first + q) * p.num_col_tiles + tile;
+    copy16(weights + q * PANEL_BYTES + at, p.base + from * BASE_BYTES + at, true);
   }
 #if REST_BYTES
-  const u32 rests = weights + p.tiles_per_block * BASE_BYTES;
-  for (int i = threadIdx.x; i < u.tiles_here * (REST_BYTES / 16); i += blockDim.x) {
-    const int r = i / (REST_BYTES / 16), at = i % (REST_BYTES / 16) * 16;
-    const size_t from = (size_t)(u.row_tile + r) * p.num_col_tiles + tile;
-    copy16(rests + r * REST_BYTES + at, p.rest + from * REST_BYTES + at, true);
+  for (int i = threadIdx.x; i < panels * (REST_BYTES / 16); i += blockDim.x) {
+    const int q = i / (REST_BYTES / 16), at = i % (REST_BYTES / 16) * 16;
+    const size_t from = (size_t)(first + q) * p.num_col_tiles + tile;
+    copy16(weights + q * PANEL_BYTES + BASE_BYTES + at, p.rest + from * REST_BYTES + at, true);
   }
 #endif
   // rows of 128 bytes, swizzled; bf16 rows come in two halves of 64 columns
   const int row_bytes = p.num_cols * (ACT == 8 ? 1 : 2), column = tile * (ACT == 8 ? 128 : 256);
   for (int i = threadIdx.x; i < X_BYTES / 16; i += blockDim.x) {
     const int half = i / (TOKENS * 8), row = i / 8 % TOKENS, chunk = i % 8;
-    const int from = column + half * 128 + chunk * 16, token = u.token + row;
+    const int from = column + half * 128 + chunk * 16, token = s.first_token + row;
     const bool is_inside = token < p.num_tokens && from < row_bytes;
     const u8* at = p.x + (is_inside ? (size_t)token * row_bytes + from : 0);
     copy16(stage + half * TOKENS * 128 + row * 128 + ((chunk ^ row % 8) << 4), at, is_inside);
   }
 #if META_BYTES
-  const u32 metas = weights + p.tiles_per_block * (BASE_BYTES + REST_BYTES);
   for (int i = threadIdx.x; i < META_BYTES / 16; i += blockDim.x) {
     const int group = i / (TOKENS / 2), at = i % (TOKENS / 2) * 16;
-    const u8* from = p.meta + ((size_t)(tile * ACT_GROUPS + group) * p.pitch + u.token) * 8 + at;
-    copy16(metas + i * 16, from, true);
+    const u8* from = p.meta + ((size_t)(tile * ACT_GROUPS + group) * p.pitch + s.first_token) * 8;
+    copy16(stage + X_BYTES + i * 16, from + at, true);
   }
 #endif
 }
@@ -626,30 +736,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   extern __shared__ u8 raw[];
   const int warp = threadIdx.x / 32, consumers = blockDim.x / 32;
   const Share s = my_share(p);
-  const u32 stages = (smem_address(raw) + 1023) / 1024 * 1024, bytes = stage_bytes(p.tiles_per_block);
-  const Lane l = my_lane(warp);
-  Exchange e = {stages + RING * bytes, 0, 0, 0};
-  const int tile = warp * RT / 2, total = s.num_units * s.num_tiles;
+  const u32 ring = (smem_address(raw) + 1023) / 1024 * 1024;
+  const u32 bytes = X_STAGE + (p.panels * PANEL_BYTES + 1023) / 1024 * 1024;
+  const Lane l = my_lane();
+  Exchange e = {ring + RING * bytes, 0, 0, 0};
+  int next_block = s.first_block, next_tile = 0;
   for (int i = 0; i < RING - 1; i++) {
-    if (i < total) feed(p, s, stages + i * bytes, i);
+    if (next_block < p.num_blocks) fetch(p, s, ring + i * bytes, next_block, next_tile);
     copy_commit();
+    if (++next_tile == s.num_tiles) next_tile = 0, next_block += s.block_step;
   }
-  for (int unit = 0, i = 0; unit < s.num_units; unit++) {
-    const Unit u = unit_of(p, s, unit);
+  Slot slot = {0, 0}, free_slot = {RING - 1, 0};
+  for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {
+    const bool has_rows = warp * RT < p.panels && block * p.panels + warp * RT < p.num_row_tiles;
     Accumulators acc;
     clear(acc);
-    for (int k = 0; k < s.num_tiles; k++, i++) {
+    for (int tile = 0; tile < s.num_tiles; tile++) {
       copy_wait<RING - 2>();
       __syncthreads();
-      const int next = i + RING - 1;
-      if (next < total) feed(p, s, stages + next % RING * bytes, next);
+      if (next_block < p.num_blocks) {
+        fetch(p, s, ring + free_slot.index * bytes, next_block, next_tile);
+        if (++next_tile == s.num_tiles) next_tile = 0, next_block += s.block_step;
+      }
       copy_commit();
-      const u32 x = stages + i % RING * bytes, base = x + X_BYTES + tile * BASE_BYTES;
-      const u32 rests = x + X_BYTES + p.tiles_per_block * BASE_BYTES;
-      const u32 meta = rests + p.tiles_per_block * REST_BYTES;
-      if (tile < u.tiles_here) multiply_tile(acc, l, x, base, rests + tile * REST_BYTES, meta);
+      free_slot.advance(RING);
+      const u32 stage = ring + slot.index * bytes;
+      if (has_rows) multiply_stage(acc, l, stage, stage + X_STAGE + warp * RT * PANEL_BYTES, 1);
+      slot.advance(RING);
     }
-    finish_unit(p, s, u, acc, l, warp, consumers * 32, e);
+    finish_rows(p, s, block, block + s.block_step >= p.num_blocks, acc, l, warp, consumers * 32, e);
   }
 }
 #endif

@@ -61,7 +61,7 @@ GROUP_OF = {Activation.A8: 64, Activation.A4: 32}
 TOP_OF = {Activation.A8: 127, Activation.A4: 7}
 OUT_TYPES = (torch.bfloat16, torch.float32)
 PLAIN_TILE = 8  # rows in which torch multiplies dense float32 and float16 matrices
-SMEM_PER_BLOCK, SMEM_PER_SM = 227 << 10, 228 << 10
+SMEM_PER_BLOCK, SMEM_PER_SM, BARRIER_BYTES = 227 << 10, 228 << 10, 2832
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -194,49 +194,44 @@ def _form(spec: PlaneSpec | None, view: View, act_group: int) -> Form:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a matrix is cut: `tiles` row tiles a block, columns in `splits` ranges of one cluster.
+    """How a matrix is cut: `panels` of 16 rows a block, columns in `splits` ranges of one cluster.
 
     The order of every sum follows from `splits`; nothing here depends on the rows of x.
     """
 
-    tiles: int
+    panels: int
     splits: int
 
 
-# Share of the multiprocessors that clusters of a size can fill: a cluster stays within a part of the
-# chip, and those of an H200 are no multiples of 4 (cuOccupancyMaxActiveClusters).
+# Share of the multiprocessors that clusters of a size can fill: a cluster stays within one part of
+# the chip, and the parts of an H200 are no multiples of 4 (cuOccupancyMaxActiveClusters).
 CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 120 / 132, 8: 120 / 132}
-STAGE_BYTES = 60 << 10  # of weights, at most: two stages and more must fit
+MAX_PANELS = 16
 
 
 @functools.cache
-def plan(
-    num_row_tiles: int, num_col_tiles: int, tile: int, multiprocessors: int, has_clusters: bool
-) -> Plan:
+def plan(num_row_tiles: int, num_col_tiles: int, multiprocessors: int, has_clusters: bool) -> Plan:
     """The cut with which the busiest multiprocessor has least to do.
 
-    A column of a block costs its tiles and one and a half more for x, so large blocks win among
-    equals; a range costs its part of a cluster's exchange, 1/20 of a tile for each row tile.
+    A column of a block costs its panels and three more for x, so large blocks win among equals; a
+    range costs its part of a cluster's exchange, a tenth of a tile for each panel.
 
     Args:
-        num_row_tiles: tiles of 32 rows.
+        num_row_tiles: tiles of 16 rows.
         num_col_tiles: tiles of 128 columns.
-        tile: bytes of a tile in this view.
         multiprocessors: of the device.
-        has_clusters: whether blocks can share their shared memory.
+        has_clusters: whether blocks can write into each other's shared memory.
     """
-    best, least = Plan(1, 1), float("inf")
+    best, least = Plan(2, 1), float("inf")
     for splits in (1, 2, 4, 8) if has_clusters else (1,):
         slots = max(1, int(multiprocessors * CLUSTER_SHARE[splits]) // splits)
-        for tiles in range(9, 0, -1):
-            if splits > num_col_tiles or tiles * tile > STAGE_BYTES:
+        for panels in range(MAX_PANELS, 0, -2):
+            if splits > num_col_tiles:
                 continue
-            if tiles * TILE_ROWS // splits % 4:
-                continue
-            turns = math.ceil(math.ceil(num_row_tiles / tiles) / slots)
-            work = turns * (tiles + 1.5) * (-(-num_col_tiles // splits) + 0.05 * splits)
+            turns = math.ceil(math.ceil(num_row_tiles / panels) / slots)
+            work = turns * (panels + 3) * (math.ceil(num_col_tiles / splits) + 0.1 * splits)
             if work < least * 0.999:
-                best, least = Plan(tiles, splits), work
+                best, least = Plan(panels, splits), work
     return best
 
 
@@ -246,19 +241,22 @@ class Tuning:
 
     Attributes:
         panels: panels of 16 rows a warp: 1 makes more warps, 2 reads x less often.
+        cols: tiles of columns a stage.
         blocks: blocks that share a multiprocessor, which bounds registers and stages.
-        stages: most stages of the ring.
+        stages: most stages of a ring.
+        is_wgmma: products by warpgroups (sm_90a, 32 tokens and more).
     """
 
     panels: int
-    blocks: int
-    stages: int
+    cols: int
+    blocks: int = 1
+    stages: int = 16
+    is_wgmma: bool = False
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
     """The measured best (docs/gpu-notes.md)."""
-    blocks = 2 if token_tiles <= 2 and form.base_bytes + form.rest_bytes < 4096 else 1
-    return Tuning(panels=2, blocks=blocks, stages=16)
+    return Tuning(panels=2, cols=2, blocks=2 if token_tiles <= 2 and form.rest_bytes == 0 else 1)
 
 
 def _token_tiles(num_tokens: int) -> int:
@@ -270,7 +268,7 @@ class _Ahead(ctypes.Structure):
         ("base", ctypes.c_void_p),
         ("rest", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in (
-            "base_bytes", "rest_bytes", "num_row_tiles", "num_col_tiles", "splits", "depth",
+            "base_bytes", "rest_bytes", "num_row_tiles", "num_col_tiles", "log_splits", "depth",
         )),
     )  # fmt: skip
 
@@ -282,7 +280,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "meta", "base", "rest", "bias", "out")),
         *((name, ctypes.c_int) for name in (
             "num_tokens", "num_rows", "num_cols", "num_row_tiles", "num_col_tiles", "pitch",
-            "splits", "tiles_per_block", "num_stages", "bias_kind", "out_is_float",
+            "log_splits", "panels", "num_blocks", "num_stages", "bias_kind", "out_is_float",
         )),
         ("ahead", _Ahead),
     )  # fmt: skip
@@ -297,10 +295,11 @@ class _Instance:
 
     kernel: Kernel
     cut: Plan
-    warps: int
+    threads: int
+    num_blocks: int
     num_stages: int
     smem: int
-    grid: int
+    grid: tuple[int, int]
     tokens: int
     has_engine: bool
 
@@ -311,45 +310,59 @@ def _instance(
 ) -> _Instance:
     has_engine = torch.cuda.get_device_capability(device) >= (9, 0)
     multiprocessors = num_multiprocessors(device)
-    tile = form.base_bytes + form.rest_bytes
-    cut = plan(row_tiles, col_tiles, tile, multiprocessors, has_engine)
-    tiles_of_tokens = _token_tiles(num_tokens)
-    tuned = chosen or tuning(form, tiles_of_tokens)
-    tokens = tiles_of_tokens * 8
-    consumers = cut.tiles * 2 // tuned.panels
+    cut = plan(row_tiles, col_tiles, multiprocessors, has_engine)
+    token_tiles = _token_tiles(num_tokens)
+    tuned = chosen or tuning(form, token_tiles)
+    if not has_engine:
+        tuned = Tuning(panels=2, cols=1)
+    tokens = token_tiles * 8
+    consumers = math.ceil(cut.panels / tuned.panels)
+    if tuned.is_wgmma:
+        consumers = math.ceil(consumers / 4) * 4
     x_bytes = tokens * (128 if form.act == 8 else 256)
-    meta_bytes = TILE_COLS // form.act_group * tokens * 8 if form.act == 8 else 0
-    stage = x_bytes + cut.tiles * (form.base_bytes + form.rest_bytes) + meta_bytes
-    stage = -(-stage // 1024) * 1024
-    part = min(tokens, 32) * (cut.tiles * TILE_ROWS + 4) * 4
-    room = SMEM_PER_BLOCK if has_engine else 99 << 10
+    if form.act == 8:
+        x_bytes += TILE_COLS // form.act_group * tokens * 8
+    stage = _whole(tuned.cols * x_bytes, 1024)
+    weights = consumers * tuned.panels * tuned.cols * (form.base_bytes + form.rest_bytes)
+    parts = cut.panels * TILE_ROWS * (min(tokens, 32) + 2) * 4
+    room = SMEM_PER_BLOCK
     if tuned.blocks > 1:
         room = min(room, SMEM_PER_SM // tuned.blocks - 1024)
-    room -= 1024 + 512 + part
-    col_range = -(-col_tiles // cut.splits)
-    blocks = -(-row_tiles // cut.tiles) * -(-num_tokens // tokens)
-    turns = -(-blocks // max(1, multiprocessors // cut.splits))
-    num_stages = min(room // stage, tuned.stages, col_range * turns) if has_engine else 3
+    room -= 1024 + BARRIER_BYTES + parts
+    num_blocks = math.ceil(row_tiles / cut.panels)
+    slots = multiprocessors // cut.splits
+    steps = math.ceil(math.ceil(col_tiles / cut.splits) / tuned.cols)
+    num_stages = min(room // (stage + weights), tuned.stages, steps * math.ceil(num_blocks / slots))
+    num_stages = max(num_stages, 1)
+    if not has_engine:
+        num_stages, stage = 3, stage + _whole(weights, 1024)
+        weights = 0
     threads = (consumers + has_engine) * 32
-    grid = min(blocks, multiprocessors // cut.splits) * cut.splits
     return _Instance(
         kernel=kernel(
             "linear.cu",
             "linear",
             **form.defines(),
-            NT=tiles_of_tokens,
+            NT=token_tiles,
             RT=tuned.panels,
+            COLS=tuned.cols,
+            WGMMA=int(tuned.is_wgmma),
             THREADS=threads,
             BLOCKS=tuned.blocks,
         ),
         cut=cut,
-        warps=threads // 32,
-        num_stages=max(1, num_stages),
-        smem=max(1, num_stages) * stage + part + 1024,
-        grid=grid,
+        threads=threads,
+        num_blocks=num_blocks,
+        num_stages=num_stages,
+        smem=num_stages * (stage + weights) + parts + 1024,
+        grid=(min(num_blocks, slots) * cut.splits, math.ceil(num_tokens / tokens)),
         tokens=tokens,
         has_engine=has_engine,
     )
+
+
+def _whole(size: int, unit: int) -> int:
+    return math.ceil(size / unit) * unit
 
 
 # ---- the operations ------------------------------------------------------------------------------
@@ -498,8 +511,9 @@ def _generated(
         num_row_tiles=row_tiles,
         num_col_tiles=col_tiles,
         pitch=x.meta.shape[1] if isinstance(x, Quantized) else 0,
-        splits=one.cut.splits,
-        tiles_per_block=one.cut.tiles,
+        log_splits=one.cut.splits.bit_length() - 1,
+        panels=one.cut.panels,
+        num_blocks=one.num_blocks,
         num_stages=one.num_stages,
         bias_kind=0 if bias is None else 1 if bias.dtype is torch.bfloat16 else 2,
         out_is_float=int(out.dtype is torch.float32),
@@ -509,8 +523,8 @@ def _generated(
     box = (one.tokens, 128 if has_codes else 64)
     described = tensor_map(values, box) if one.has_engine else NO_MAP
     one.kernel.launch(
-        (one.grid,),
-        one.warps * 32,
+        one.grid,
+        one.threads,
         [described, problem],
         smem=one.smem,
         cluster=one.cut.splits,
@@ -534,7 +548,7 @@ def _ahead(ahead: tuple[PackedMatrix, View] | None) -> _Ahead:
     form = _form(weight.spec if isinstance(weight, PackedPlanes) else None, view, 64)
     row_tiles, col_tiles = weight.base.shape[:2]
     tile = form.base_bytes + form.rest_bytes
-    cut = plan(row_tiles, col_tiles, tile, num_multiprocessors(device), True)
+    cut = plan(row_tiles, col_tiles, num_multiprocessors(device), True)
     bytes_a_depth = row_tiles * cut.splits * tile
     depth = min(AHEAD_BYTES // bytes_a_depth, col_tiles // cut.splits)
     rest = weight.rest if isinstance(weight, PackedPlanes) and form.rest_bytes else None
@@ -545,7 +559,7 @@ def _ahead(ahead: tuple[PackedMatrix, View] | None) -> _Ahead:
         rest_bytes=form.rest_bytes,
         num_row_tiles=row_tiles,
         num_col_tiles=col_tiles,
-        splits=cut.splits,
+        log_splits=cut.splits.bit_length() - 1,
         depth=depth,
     )
 
@@ -557,8 +571,8 @@ def decoded(
 
     Args:
         weight: [N, K].
-        tiles: which tiles of 32 rows; whole numbers, step 1.
-        out: contiguous bf16, at least [32 tiles, K up to a multiple of 128].
+        tiles: which tiles of 16 rows; whole numbers, step 1.
+        out: contiguous bf16, at least [16 tiles, K up to a multiple of 128].
     """
     row_tiles, col_tiles = weight.base.shape[:2]
     first, last, _ = tiles.indices(row_tiles)

@@ -40,8 +40,14 @@ DEVICE u32 load_shared_u16(u32 at) {
   return v;
 }
 
-DEVICE void store_shared(u32 at, float v) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+DEVICE float load_shared(u32 at) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
+  return v;
+}
+
+DEVICE void store_shared(u32 at, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
@@ -197,10 +203,13 @@ DEVICE void prefetch_l2(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// Barriers initialised before are known to the cluster once all its threads have arrived.
+DEVICE void cluster_arrive() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The same shared address in another block of the cluster.
 DEVICE u32 remote_address(u32 at, u32 rank) {
@@ -209,29 +218,17 @@ DEVICE u32 remote_address(u32 at, u32 rank) {
   return r;
 }
 
-DEVICE float4 load_remote4(u32 at) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(at)
-               : "memory");
-  return v;
+// Two floats into another block's shared memory; its barrier counts the bytes. No fence is needed.
+DEVICE void store_remote(u32 at, float a, float b, u32 bar) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          at),
+      "f"(a), "f"(b), "r"(bar)
+      : "memory");
 }
 
 DEVICE void barrier_arrive_remote(u32 bar) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
-DEVICE void barrier_wait_cluster(u32 bar, u32 parity) {
-  u32 done = 0;
-  while (!done) {
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
-        "selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(bar), "r"(parity)
-        : "memory");
-  }
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 #else
 DEVICE void copy16(u32 to, const void* from, bool is_inside) {

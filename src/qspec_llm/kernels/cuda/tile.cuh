@@ -1,8 +1,8 @@
 // What a tile of packed weights holds, and how codes become operands of the tensor cores.
 //
-// A tile is 32 rows x 128 columns (layout.py has the bytes). Lane l = 4 g + t of a warp owns, of each
-// panel of 16 rows, rows g and g + 8 and in step j of 16 columns the columns 16 j + {2t, 2t + 1,
-// 2t + 8, 2t + 9}: the A fragment of mma.m16n8k16. A word of q4 or r4 holds those eight codes: byte
+// A tile is 16 rows x 128 columns (layout.py has the bytes). Lane l = 4 g + t of a warp owns rows g and
+// g + 8 and, in step j of 16 columns, the columns 16 j + {2t, 2t + 1, 2t + 8, 2t + 9}: the A fragment
+// of mma.m16n8k16. A word of q4 or r4 holds those eight codes: byte
 // order 2t, 2t + 8, 2t + 1, 2t + 9, row g in the low nibbles and g + 8 in the high ones.
 //
 // Compile-time form of the tensor, as this view reads it:
@@ -14,16 +14,16 @@
 #pragma once
 #include "ptx.cuh"
 
-#define TILE_ROWS 32
+#define TILE_ROWS 16
 #define TILE_COLS 128
 #define GROUPS_PER_TILE (TILE_COLS / GROUP)
 
 #if BITS == 0
-#define BASE_BYTES 8192
+#define BASE_BYTES 4096
 #define REST_BYTES 0
 #else
-#define BASE_BYTES (2048 + 64 * GROUPS_PER_TILE * (1 + OFFSET))
-#define REST_BYTES (BITS == 16 ? 6144 : BITS == 8 ? 2048 : 0)
+#define BASE_BYTES (1024 + 32 * GROUPS_PER_TILE * (1 + OFFSET))
+#define REST_BYTES (BITS == 16 ? 3072 : BITS == 8 ? 1024 : 0)
 #endif
 
 // The level of the smallest code: u = code + r4's share counts from here.
@@ -37,22 +37,18 @@
 #define LEVEL_ZERO (BITS == 8 ? 16 * ZERO_HIGH + ZERO_LOW : ZERO_HIGH)
 #define HAS_SHIFT (OFFSET || MIDDLE)  // the weight is not level * scale alone
 
-// Offset of the 16 bytes of lane 0 in a plane of nibbles: [half of 64 columns][panel][lane][16].
-DEVICE u32 nibbles_at(int half, int panel) { return (half * 2 + panel) * 512; }
+// Offset of the 16 bytes of lane 0 in a plane of nibbles: [half of 64 columns][lane][16].
+DEVICE u32 nibbles_at(int half) { return half * 512; }
 
-// r8: [half][panel][pair of steps][lane][16]; two words a step, row g and row g + 8, columns in order.
-DEVICE u32 bytes_at(int half, int panel, int pair) {
-  return 2048 + (half * 2 + panel) * 1024 + pair * 512;
-}
+// r8: [half][pair of steps][lane][16]; two words a step, row g and row g + 8, columns in order.
+DEVICE u32 bytes_at(int half, int pair) { return 1024 + half * 1024 + pair * 512; }
 
-// Dense: [half][panel][step of 16 columns][lane][16], the four registers of an A fragment.
-DEVICE u32 dense_at(int half, int panel, int step) {
-  return ((half * 2 + panel) * 4 + step) * 512;
-}
+// Dense: [half][step of 16 columns][lane][16], the four registers of an A fragment.
+DEVICE u32 dense_at(int half, int step) { return (half * 4 + step) * 512; }
 
 // Scale (which = 0) or offset (1) of one row.
 DEVICE u32 scale_at(int group, int row, int which) {
-  return 2048 + (which * GROUPS_PER_TILE + group) * 64 + row * 2;
+  return 1024 + (which * GROUPS_PER_TILE + group) * 32 + row * 2;
 }
 
 DEVICE float scale_to_float(u32 bits) {

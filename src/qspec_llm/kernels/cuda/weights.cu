@@ -5,21 +5,21 @@
 
 // The weight of one row and column of a tile, at full precision.
 DEVICE float weight_at(const u8* base, const u8* rest, int row, int column) {
-  const int panel = row / 16, upper = row / 8 % 2, g = row % 8;
+  const int upper = row / 8, g = row % 8;
   const int half = column / 64, step = column / 16 % 4, q = column % 16;
   const int t = q % 8 / 2, b0 = q % 2, b1 = q / 8;
   const int lane = g * 4 + t;
 #if BITS == 0
-  const u16* values = (const u16*)(base + dense_at(half, panel, step) + lane * 16);
+  const u16* values = (const u16*)(base + dense_at(half, step) + lane * 16);
   return bf16_to_float(values[(b1 * 2 + upper) * 2 + b0]);
 #else
-  const u32 at = nibbles_at(half, panel) + lane * 16 + step * 4 + b0 * 2 + b1;
+  const u32 at = nibbles_at(half) + lane * 16 + step * 4 + b0 * 2 + b1;
   const u32 code = base[at] >> (4 * upper) & 15;
   const int group = column / GROUP;
   const u32 scale_bits = *(const u16*)(base + scale_at(group, row, 0));
 #if BITS == 16
   const u32 r4 = rest[at] >> (4 * upper) & 15;
-  const u32 r8 = rest[bytes_at(half, panel, step / 2) + lane * 16 + (step % 2 * 2 + upper) * 4 +
+  const u32 r8 = rest[bytes_at(half, step / 2) + lane * 16 + (step % 2 * 2 + upper) * 4 +
                       b1 * 2 + b0];
   const u32 r = r4 << 8 | r8;
   // (c - 7.5) s is exact in float32: one rounding to bf16
@@ -62,7 +62,7 @@ extern "C" __global__ void embed(const long long* tokens, const u8* base, const 
   }
 }
 
-// out [32 row tiles, 128 column tiles] bf16, row-major: tiles [first, first + gridDim.y) of 32 rows.
+// out [16 row tiles, 128 column tiles] bf16, row-major: tiles [first, first + gridDim.y) of 16 rows.
 // Four warps decode a tile each into shared memory, which makes the writes whole lines.
 extern "C" __global__ void __launch_bounds__(128)
     decode(const u8* base, const u8* rest, u8* out, int first, int num_col_tiles) {
@@ -76,43 +76,40 @@ extern "C" __global__ void __launch_bounds__(128)
     const u8* more = rest + tile * REST_BYTES;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-#pragma unroll
-      for (int p = 0; p < 2; p++) {
 #if BITS == 16
-        const uint4 w = *(const uint4*)(from + nibbles_at(h, p) + lane * 16);
-        const uint4 e = *(const uint4*)(more + nibbles_at(h, p) + lane * 16);
-        const uint4 f0 = *(const uint4*)(more + bytes_at(h, p, 0) + lane * 16);
-        const uint4 f1 = *(const uint4*)(more + bytes_at(h, p, 1) + lane * 16);
-        const u32 codes[4] = {w.x, w.y, w.z, w.w}, r4[4] = {e.x, e.y, e.z, e.w};
-        const u32 r8[4][2] = {{f0.x, f0.y}, {f0.z, f0.w}, {f1.x, f1.y}, {f1.z, f1.w}};
+      const uint4 w = *(const uint4*)(from + nibbles_at(h) + lane * 16);
+      const uint4 e = *(const uint4*)(more + nibbles_at(h) + lane * 16);
+      const uint4 f0 = *(const uint4*)(more + bytes_at(h, 0) + lane * 16);
+      const uint4 f1 = *(const uint4*)(more + bytes_at(h, 1) + lane * 16);
+      const u32 codes[4] = {w.x, w.y, w.z, w.w}, r4[4] = {e.x, e.y, e.z, e.w};
+      const u32 r8[4][2] = {{f0.x, f0.y}, {f0.z, f0.w}, {f1.x, f1.y}, {f1.z, f1.w}};
 #endif
 #pragma unroll
-        for (int step = 0; step < 4; step++) {
-          u32 a[4];
+      for (int step = 0; step < 4; step++) {
+        u32 a[4];
 #if BITS == 16
-          u32 scale[2], half[2];
-          const int group = (h * 64 + step * 16) / GROUP;
+        u32 scale[2], half[2];
+        const int group = (h * 64 + step * 16) / GROUP;
 #pragma unroll
-          for (int upper = 0; upper < 2; upper++) {
-            anchor_factors(scale[upper], half[upper],
-                           *(const u16*)(from + scale_at(group, p * 16 + g + 8 * upper, 0)));
-          }
-          exact_of(a, codes[step], r4[step], r8[step], scale, half);
+        for (int upper = 0; upper < 2; upper++) {
+          anchor_factors(scale[upper], half[upper],
+                         *(const u16*)(from + scale_at(group, g + 8 * upper, 0)));
+        }
+        exact_of(a, codes[step], r4[step], r8[step], scale, half);
 #elif BITS == 0
-          const uint4 w = *(const uint4*)(from + dense_at(h, p, step) + lane * 16);
-          a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+        const uint4 w = *(const uint4*)(from + dense_at(h, step) + lane * 16);
+        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
 #else
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int row = p * 16 + g + 8 * (i & 1), column = h * 64 + step * 16 + 2 * t + 8 * (i >> 1);
-            a[i] = float_to_bf16(weight_at(from, more, row, column)) |
-                   float_to_bf16(weight_at(from, more, row, column + 1)) << 16;
-          }
+        for (int i = 0; i < 4; i++) {
+          const int row = g + 8 * (i & 1), column = h * 64 + step * 16 + 2 * t + 8 * (i >> 1);
+          a[i] = float_to_bf16(weight_at(from, more, row, column)) |
+                 float_to_bf16(weight_at(from, more, row, column + 1)) << 16;
+        }
 #endif
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            words[warp][p * 16 + g + 8 * (i & 1)][h * 32 + step * 8 + t + 4 * (i >> 1)] = a[i];
-          }
+        for (int i = 0; i < 4; i++) {
+          words[warp][g + 8 * (i & 1)][h * 32 + step * 8 + t + 4 * (i >> 1)] = a[i];
         }
       }
     }
