@@ -31,7 +31,10 @@ def host_seconds(call: Callable[[], object]) -> float:
 
 def gpu_seconds(call: Callable[[], object]) -> float:
     """Seconds that the GPU takes for what a call launches."""
-    begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun, done = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     begun.record()
     call()
     done.record()

@@ -303,7 +303,9 @@ class _Recorder:
 
     def event(self) -> Any:
         """An event that can be timed."""
-        return torch.cuda.Event(enable_timing=True) if self._is_gpu else _Instant()
+        if not self._is_gpu:
+            return _Instant()
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def pinned(self, values: list[list[int]]) -> Tensor:
         """Values on the host, where the GPU reads them in its own time."""

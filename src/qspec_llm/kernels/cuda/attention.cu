@@ -114,13 +114,25 @@ DEVICE void write(const float (&exact)[HEAD / 32], const Sequence& seq, int quer
 #endif
 }
 
+// All blocks of the cluster: what they wrote before is visible after.
+DEVICE void meet() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
 // A float in the shared memory of block `rank` of the cluster.
 DEVICE float remote(const float* p, u32 rank) {
 #if CLUSTER > 1
   float value;
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(p)), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];"
                : "=f"(value)
-               : "r"(remote_address(smem_address(p), rank))
+               : "r"(address)
                : "memory");
   return value;
 #else
@@ -357,11 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       chunk = after;
       buffer = (buffer + 1) % STAGES;
     }
-#if CLUSTER > 1
-    cluster_sync();
-#else
-    __syncthreads();
-#endif
+    meet();
     // a warp merges a query, each block its share of them
     for (int m = rank + warp * CLUSTER; m < count; m += CLUSTER * WARPS) {
       float lane_tops[LANES], lane_sums[LANES], lanes[LANES][HEAD / 32], top = -INFINITE;
@@ -390,10 +398,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       for (int j = 0; j < HEAD / 32; j++) all[j] = __fdiv_rn(all[j], sum == 0.f ? 1.f : sum);
       write(all, seq, m0 + m, out, codes, meta, pitch);
     }
-#if CLUSTER > 1
-    cluster_sync();
-#else
-    __syncthreads();
-#endif
+    meet();
   }
 }

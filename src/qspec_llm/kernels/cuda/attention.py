@@ -4,6 +4,7 @@ bf16 heads of 64 and 128; others go through Triton, operation by operation.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,5 +147,5 @@ def _shared_bytes(head_dim: int, queries: int, cluster: int) -> int:
 @cache
 def _has_room(device: int) -> bool:
     """Whether blocks of a cluster may be as large as the largest of ours."""
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     return can_overlap() and properties.shared_memory_per_block_optin >= LARGEST_BLOCK

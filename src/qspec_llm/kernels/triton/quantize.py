@@ -3,7 +3,6 @@
 `quantize_columns` is called by the kernels that produce a row; `quantize` stands alone.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
