@@ -8,17 +8,26 @@ import torch.version
 
 from qspec_llm.errors import QSpecError
 
-__all__ = ["gpu", "require_gpu"]
+__all__ = ["gpu", "is_interpreted", "require_gpu"]
 
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 matrix instructions
+PACKAGES = ("triton", "cuda")  # what compiles the kernels
+
+
+@cache
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1), for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 @cache
 def gpu() -> torch.device:
     """The GPU that torch calls current when it is first asked for."""
-    from qspec_llm.kernels.triton.launch import IS_INTERPRETED
-
-    return torch.device("cpu" if IS_INTERPRETED else f"cuda:{torch.cuda.current_device()}")
+    return torch.device("cpu" if is_interpreted() else f"cuda:{torch.cuda.current_device()}")
 
 
 def require_gpu() -> None:
@@ -27,21 +36,26 @@ def require_gpu() -> None:
     Raises:
         QSpecError: it cannot; the sentence says what is missing.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise QSpecError("backend 'cuda' needs the package triton, which is not installed")
-    import triton
-
-    if triton.knobs.runtime.interpret:  # tests of the kernels' meaning, on the CPU
+    if is_interpreted():
         return
     if torch.version.cuda is None:
         raise QSpecError(
-            f"backend 'cuda' needs a PyTorch with CUDA, and {torch.__version__} has none"
+            f"backend 'cuda' needs a PyTorch with CUDA, and {torch.__version__} has none; install "
+            "one, or use backend 'cpu'"
         )
     if not torch.cuda.is_available():
-        raise QSpecError("backend 'cuda' finds no NVIDIA GPU with a working driver")
+        raise QSpecError(
+            "backend 'cuda' finds no NVIDIA GPU with a working driver; use backend 'cpu'"
+        )
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         raise QSpecError(
             f"backend 'cuda' needs compute capability 8.0 (Ampere) or later; "
             f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
         )
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise QSpecError(
+                f"backend 'cuda' needs the package {package!r}, which is not installed; "
+                "pip install 'qspec-llm[cuda]' brings it"
+            )
