@@ -87,7 +87,8 @@ class LLM:
         threads: threads of the kernels, for the whole process; by default the physical cores.
         isa: instruction set of the CPU kernels ("avx512", "avx2", "generic"), for the whole
             process; by default the best this machine has.
-        backend: whose kernels run: "cpu", "reference", or "auto" for the fastest that runs here.
+        backend: whose kernels run: "cuda", "cpu", "reference", or "auto" for the fastest that runs
+            here.
         progress: called with (tensors done, tensors in all) while loading.
 
     Raises:

@@ -1,7 +1,8 @@
 """Every operation of a backend: first against the reference, then its time and bandwidth.
 
 Linears rotate through copies of their matrix that together exceed any last-level cache, so every
-pass reads memory; the read bandwidth they are compared with is measured in the same rounds.
+pass reads memory; the read bandwidth they are compared with is measured in the same rounds. On a
+GPU several launches are captured in a graph and timed together, as the engine runs them.
 """
 
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qspec_llm.bench.measure import Advance, interleaved
+from qspec_llm.bench.measure import Advance, gpu_seconds, interleaved
 from qspec_llm.kernels import Backend, LayerKV, Packed, Rows, reference
 from qspec_llm.weights.planes import Dense, Planes, Stored
 from qspec_llm.weights.quantize import Recipe, Target, nest
@@ -22,6 +23,7 @@ from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
 __all__ = ["bench", "show"]
 
+LAUNCHES = 16  # in a graph
 ROTATE_BYTES = 400 << 20  # more than any last-level cache, read between two uses of a matrix
 LARGEST_ERROR = 5e-3  # norm-relative; bf16 results differ by single roundings
 VIEWS = {
@@ -66,10 +68,11 @@ def bench(
     batches = (_linears(ops, shape, n, group) for shape in shapes for n in rows)
     for cases in chain(batches, [_others(ops, max(rows))]):
         errors = {case.name: _error(case) for case in cases}
-        memory = torch.ones(ROTATE_BYTES // 8, dtype=torch.int64).view(torch.uint8)
-        calls: dict[str, Callable[[], object]] = {"read": partial(ops.read_memory, memory)}
+        memory = torch.ones(ROTATE_BYTES // 8, dtype=torch.int64, device=ops.device)
+        read = partial(ops.read_memory, memory.view(torch.uint8))
+        calls: dict[str, Callable[[], object]] = {"read": read}
         calls |= {case.name: case.call for case in cases}
-        seconds = interleaved(calls, rounds, advance)
+        seconds = _seconds(ops, calls, rounds, advance)
         bandwidth = ROTATE_BYTES / seconds["read"]
         bandwidths.append(bandwidth)
         for case in cases:
@@ -100,8 +103,33 @@ def show(report: dict[str, Any]) -> None:
         )
 
 
+def _seconds(
+    ops: Backend,
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    advance: Advance | None,
+) -> dict[str, float]:
+    """Median seconds of each call."""
+    if ops.device.type != "cuda":
+        return interleaved(calls, rounds, advance)
+    graphs = {name: _captured(call) for name, call in calls.items()}
+    seconds = interleaved(graphs, rounds, advance, gpu_seconds)
+    return {name: value / LAUNCHES for name, value in seconds.items()}
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """A graph of LAUNCHES calls."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(LAUNCHES):
+            call()
+    return graph.replay
+
+
 def _error(case: _Case) -> float:
-    out, expected = case.call().double(), case.expected().double()
+    out, expected = case.call().cpu().double(), case.expected().double()
     error = float((out - expected).norm() / expected.norm())
     assert error < LARGEST_ERROR, f"{case.name} differs from the reference by {error:.1e}"
     return error
@@ -138,15 +166,23 @@ def _linear(
     ops: Backend, name: str, stored: Stored, turn: Iterator[Packed], x: Tensor, view: View
 ) -> _Case:
     nbytes = stored.draft_nbytes if view.is_draft else stored.nbytes
-    rows = _rows(len(x))
+    rows, there = _rows(len(x)), x.to(ops.device)
 
     def call() -> Tensor:
-        return ops.linear(x, next(turn), None, view, rows, torch.float32)
+        return ops.linear(there, next(turn), None, view, rows, torch.float32)
 
     def expected() -> Tensor:
         return reference.linear(x, stored, None, view, rows, torch.float32)
 
     return _Case(name, call, expected, nbytes)
+
+
+def _to(argument: Any, device: torch.device) -> Any:
+    """An operation's argument on a device."""
+    if isinstance(argument, LayerKV):
+        keys, values = argument.keys.to(device), argument.values.to(device)
+        return LayerKV(keys, values, argument.block_size)
+    return argument.to(device) if isinstance(argument, Tensor | Rows) else argument
 
 
 def _copy(stored: Stored) -> Stored:
@@ -181,7 +217,7 @@ def _others(ops: Backend, count: int) -> list[_Case]:
     return [
         _Case(
             f"{name} rows {count}",
-            partial(getattr(ops, name), *args),
+            partial(getattr(ops, name), *(_to(arg, ops.device) for arg in args)),
             partial(getattr(reference, name), *args),
             nbytes,
         )

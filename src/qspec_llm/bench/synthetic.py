@@ -15,7 +15,6 @@ from qspec_llm.engine.engine import Engine
 from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner
-from qspec_llm.errors import QSpecError
 from qspec_llm.kv.blocks import blocks_for
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.decoder import Decoder
@@ -68,18 +67,11 @@ def synthetic_decode(
         context: tokens of each prompt.
         num_tokens: tokens of each answer.
         chance: of a draft to stand.
-
-    Raises:
-        QSpecError: the backend has no graphs.
     """
     num_blocks = batch * (blocks_for(context + num_tokens) + 2)
     kv = allocate(decoder.config, num_blocks, decoder.dtype, decoder.ops.device)
     graphs = graphs_of(decoder, kv, view, batch, chance)
-    if graphs is None:
-        raise QSpecError(
-            f"--synthetic-acceptance needs the cuda backend, not {decoder.ops.name!r}: elsewhere "
-            "measure real acceptance with a model"
-        )
+    assert graphs is not None, "only a backend with graphs can let a coin decide"
     engine = Engine(
         Runner(decoder, kv), _NoText(), view, gamma=gamma, max_batch=batch, graphs=graphs
     )

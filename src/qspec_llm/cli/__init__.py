@@ -206,7 +206,7 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        help="whose kernels run: cpu, reference; auto is the fastest here (default: auto)",
+        help="whose kernels run: cuda, cpu, reference; auto is the fastest here (default: auto)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of the kernels (default: physical cores)"

@@ -228,6 +228,12 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
 def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
     """Plain, plain again and speculative, at every batch; acceptance is a coin."""
     chance = args.synthetic_acceptance
+    backend = _engine(args, Target.BF16).backend
+    if backend != "cuda":
+        raise QSpecError(
+            f"--synthetic-acceptance needs the cuda backend, not {backend!r}: elsewhere measure "
+            "real acceptance with a model"
+        )
     runs: list[dict[str, Any]] = []
     for target in args.targets:
         checkpoint = _random(args)

@@ -38,6 +38,7 @@ class Advancer(Protocol):
 class StepSeconds:
     """Where the time of all steps went."""
 
+    cycles: float = 0.0  # waiting for whole cycles that ran as graphs
     draft: float = 0.0
     verify: float = 0.0
     other: float = 0.0
@@ -45,7 +46,7 @@ class StepSeconds:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.draft + self.verify + self.other
+        return self.cycles + self.draft + self.verify + self.other
 
 
 class Engine:
@@ -159,9 +160,10 @@ class Engine:
         started = time.perf_counter()
         batch = self._scheduler.schedule()
         num_before = [len(span.request.output) for span in batch.spans]
-        drafting = time.perf_counter()
+        advancing = time.perf_counter()
         advanced = self.cycles.advance(batch.spans) if self.cycles is not None else {}
         rest = batch.without(advanced)
+        drafting = time.perf_counter()
         drafts = draft(self._runner, rest, self._draft_view)
         verifying = time.perf_counter()
         logits = self._runner.forward(rest.extend(drafts.tokens), VERIFY)  # overwrites draft KV
@@ -169,9 +171,10 @@ class Engine:
         accepted = in_order(batch, advanced, accept(rest, drafts, logits))
         self._scheduler.commit(batch, accepted)
         emissions = emit(batch, accepted, num_before)
+        self.seconds.cycles += drafting - advancing
         self.seconds.draft += verifying - drafting
         self.seconds.verify += accepting - verifying
-        self.seconds.other += time.perf_counter() - accepting + drafting - started
+        self.seconds.other += time.perf_counter() - accepting + advancing - started
         return emissions
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qspec_llm.engine.batch import Batch, Span
+from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import LayerKV, Rows
 from qspec_llm.kv.blocks import BLOCK_SIZE
 from qspec_llm.model.decoder import Decoder
@@ -48,8 +49,14 @@ class Runner:
             pieces = [p for i, span in enumerate(batch.spans) if (p := _piece(i, span, is_prompt))]
             if not pieces:
                 continue
-            with torch.inference_mode():
-                out = self._forward(pieces, view, is_prompt)
+            try:
+                with torch.inference_mode():
+                    out = self._forward(pieces, view, is_prompt)
+            except torch.OutOfMemoryError:
+                raise QSpecError(
+                    f"the GPU has no memory left for a step of {batch.num_rows} rows; choose a "
+                    "smaller max_batch or max_tokens_in_kv"
+                ) from None
             for piece, part in zip(
                 pieces, torch.split(out, [p.num_logits for p in pieces]), strict=True
             ):
