@@ -289,7 +289,7 @@ class Tuning:
 def tuning(form: Form, token_tiles: int) -> Tuning:
     """The measured best (docs/gpu-notes.md)."""
     if token_tiles >= 4:
-        return Tuning(1, 1, is_wgmma=True, most=16 if token_tiles <= 8 else 12)
+        return Tuning(panels=2, cols=1)
     return Tuning(panels=1, cols=1 if form.rest_bytes or form.bits == 0 else 2)
 
 
