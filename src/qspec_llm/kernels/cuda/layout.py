@@ -41,6 +41,8 @@ __all__ = [
 
 TILE_ROWS, TILE_COLS = 16, 128
 NIBBLE_BYTES, BYTE_BYTES, DENSE_BYTES = 1024, 2048, 4096
+# Decoding subtracts 28 octaves from an anchor, two weights to a register (tile.cuh, refine).
+SMALLEST_EXACT_SCALE = 2.0**-97
 BLOCK_WEIGHTS = 1 << 26  # weights arranged at a time: temporaries stay small next to the tensor
 
 
@@ -102,7 +104,7 @@ def pack(stored: Stored, device: torch.device | str = "cuda") -> PackedMatrix:
     may still be writing them.
 
     Raises:
-        QSpecError: a dense tensor is not a matrix of floats.
+        QSpecError: a dense tensor is not a matrix of floats, or a scale is below 2^-97.
     """
     packed = _pack_dense(stored, device) if isinstance(stored, Dense) else _pack(stored, device)
     if packed.tensors()[0].is_cuda:
@@ -151,11 +153,28 @@ def _pack(stored: Planes, device: torch.device | str) -> PackedPlanes:
             size = TILE_COLS // spec.group * TILE_ROWS * 2
             start = NIBBLE_BYTES + index * size
             base[tiles, :, start : start + size] = _to_scales(part[name], spec)
+        if spec.bits == 16:
+            _check_scales(part, spec)
         if "r4" in part:
             rest[tiles, :, :NIBBLE_BYTES] = _to_nibbles(_codes(part["r4"], spec))
         if "r8" in part:
             rest[tiles, :, NIBBLE_BYTES:] = _to_bytes(_pad(part["r8"]))
     return PackedPlanes(spec, base, rest if rest_bytes else None)
+
+
+def _check_scales(part: dict[str, Tensor], spec: PlaneSpec) -> None:
+    """Refuse weights beside exact zeros that are too small to be decoded in pairs."""
+    is_small = part["scale"].float() < SMALLEST_EXACT_SCALE
+    if not is_small.any():
+        return
+    grouped = part["r8"].view(*part["scale"].shape, spec.group)
+    nibbles = unpack_nibbles(part["r4"], spec.group)
+    is_used = ((grouped > 0) | (nibbles > 0)).any(-1)  # groups of nothing but zeros are fine
+    if (is_small & is_used).any():
+        raise QSpecError(
+            f"a scale of {float(part['scale'][is_small & is_used].min()):.3g} is below the 2^-97 "
+            "that the cuda kernels decode exactly; the reference backend computes such a tensor"
+        )
 
 
 def _pack_dense(stored: Dense, device: torch.device | str) -> PackedDense | PackedPlain:

@@ -34,7 +34,15 @@
 #define X_STAGE ((COLS * (X_BYTES + META_BYTES) + 1023) / 1024 * 1024)
 #define PANEL_BYTES (COLS * (BASE_BYTES + REST_BYTES))
 #define MAX_STAGES 16
-#define MAX_WARPS 20
+#if WGMMA
+#define FEED_WARPS 4  // one feeds; registers are dealt out by warpgroups
+#define FEED_REGISTERS 40
+#define MULTIPLY_REGISTERS \
+  ((2048 - FEED_WARPS * FEED_REGISTERS) / (THREADS / 32 - FEED_WARPS) / 8 * 8)
+#else
+#define FEED_WARPS 1
+#endif
+#define MAX_WARPS 29
 #define PART_TILES (NT < 4 ? NT : 4)  // token tiles that are reduced at a time
 #define PART_TOKENS (PART_TILES * 8)
 #define PART_STRIDE (PART_TOKENS + 2)
@@ -123,6 +131,10 @@ DEVICE float row_shift(const Lane& l, u32 base, int upper, int group) {
 }
 
 #if ACT == 8
+// Codes of the upper rows lie in the high nibbles. With few tokens they are multiplied where they are,
+// as 16 times themselves: their sums stay below 2^24, so that a scale of 1/16 makes up for it exactly.
+#define UPPER_SHIFT (NT <= 2 ? 0 : 4)
+
 // Integer products of a subgroup of columns, then one float accumulation with both scales.
 DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
   const float unit = BITS == 8 ? 1.f / 16.f : 1.f;
@@ -136,12 +148,12 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
     for (int p = 0; p < RT; p++) {
       const u32 at = nibbles_at(h) + l.lane * 16;
       const uint4 w = load_shared4(tile.base[p] + at);
-      bytes_of(a[p][0], to_unsigned(w.x), to_unsigned(w.y));
-      bytes_of(a[p][1], to_unsigned(w.z), to_unsigned(w.w));
+      bytes_of(a[p][0], to_unsigned(w.x), to_unsigned(w.y), UPPER_SHIFT);
+      bytes_of(a[p][1], to_unsigned(w.z), to_unsigned(w.w), UPPER_SHIFT);
 #if BITS == 8
       const uint4 e = load_shared4(tile.rest[p] + at);
-      bytes_of(fine[p][0], e.x, e.y);
-      bytes_of(fine[p][1], e.z, e.w);
+      bytes_of(fine[p][0], e.x, e.y, UPPER_SHIFT);
+      bytes_of(fine[p][1], e.z, e.w, UPPER_SHIFT);
 #endif
     }
 #pragma unroll
@@ -157,6 +169,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #pragma unroll
         for (int upper = 0; upper < 2; upper++) {
           scale[p][upper] = row_scale(l, tile.base[p], upper, group, 0) * unit;
+          if (upper) scale[p][upper] *= 1.f / (1 << (4 - UPPER_SHIFT));
 #if HAS_SHIFT
           shift[p][upper] = row_shift(l, tile.base[p], upper, group);
 #endif
@@ -222,9 +235,10 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #pragma unroll
         for (int p = 0; p < RT; p++) {
           const int z0 = -LEVEL_ZERO * sum[0], z1 = -LEVEL_ZERO * sum[1];
+          const int upper0 = z0 << (4 - UPPER_SHIFT), upper1 = z1 << (4 - UPPER_SHIFT);
 #if BITS == 8
           int high[4] = {0, 0, 0, 0};
-          int d[4] = {z0, z1, z0, z1};
+          int d[4] = {z0, z1, upper0, upper1};
 #pragma unroll
           for (int step = sub; step < sub + SUBGROUP / 32; step++) {
             mma_u8s8(high, a[p][step], b[2 * step], b[2 * step + 1]);
@@ -233,7 +247,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #pragma unroll
           for (int i = 0; i < 4; i++) d[i] += 16 * high[i];
 #else
-          int d[4] = {z0, z1, z0, z1};
+          int d[4] = {z0, z1, upper0, upper1};
 #pragma unroll
           for (int step = sub; step < sub + SUBGROUP / 32; step++) {
             mma_u8s8(d, a[p][step], b[2 * step], b[2 * step + 1]);
@@ -609,12 +623,29 @@ DEVICE void prefetch_ahead(const Ahead& a, int lane) {
   }
 }
 
+// What the feeding warp does: x of every stage of every row block, then a look at the next linear.
+DEVICE void feed_x(const Problem& p, const Share& s, const TensorMap* map, u32 x_ring, u32 x_full,
+                   u32 x_empty, int lane) {
+  wait_for_earlier_kernels();
+  Slot slot = {0, 0};
+  bool is_first = true;
+  for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {
+    for (int step = 0; step < s.num_steps; step++) {
+      if (!is_first) barrier_wait(x_empty + slot.index * 8, slot.parity ^ 1);
+      fetch_x(p, s, map, x_ring + slot.index * X_STAGE, x_full + slot.index * 8, step, lane);
+      slot.advance(p.num_stages);
+      if (slot.parity) is_first = false;
+    }
+  }
+  if (p.ahead.depth) prefetch_ahead(p.ahead, lane);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     linear(const __grid_constant__ TensorMap map, const __grid_constant__ Problem p) {
   extern __shared__ u8 raw[];
   __shared__ u64 barriers[(2 + MAX_WARPS) * MAX_STAGES + 2];
   launch_dependents();
-  const int warp = threadIdx.x / 32, consumers = blockDim.x / 32 - 1;
+  const int warp = threadIdx.x / 32, consumers = blockDim.x / 32 - FEED_WARPS;
   const Share s = my_share(p);
   const Lane l = my_lane();
   const u32 x_ring = (smem_address(raw) + 1023) / 1024 * 1024;
@@ -634,7 +665,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       barrier_init(ready, 1);
       barrier_init(ready + 8, 1 << p.log_splits);
       barrier_expect(ready, p.panels * TILE_ROWS * PART_TOKENS * 4);
-    } else {
+    } else if (warp < consumers) {
       for (int i = 0; i < p.num_stages; i++) barrier_init(w_full + i * 8, 1);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -647,22 +678,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (p.log_splits) cluster_arrive();
   __syncthreads();
 
-  if (warp == consumers) {
-    wait_for_earlier_kernels();
-    Slot slot = {0, 0};
-    bool is_first = true;
-    for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {
-      for (int step = 0; step < s.num_steps; step++) {
-        if (!is_first) barrier_wait(x_empty + slot.index * 8, slot.parity ^ 1);
-        fetch_x(p, s, &map, x_ring + slot.index * X_STAGE, x_full + slot.index * 8, step, l.lane);
-        slot.advance(p.num_stages);
-        if (slot.parity) is_first = false;
-      }
-    }
-    if (p.ahead.depth) prefetch_ahead(p.ahead, l.lane);
+  if (warp >= consumers) {
+#if WGMMA
+    // registers go from the warpgroup of the feeding warp to those that multiply
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEED_REGISTERS));
+#endif
+    if (warp == consumers) feed_x(p, s, &map, x_ring, x_full, x_empty, l.lane);
     if (p.log_splits) cluster_wait();
     return;
   }
+#if WGMMA
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
+#endif
   Exchange e = {weights + consumers * p.num_stages * RT * PANEL_BYTES, ready, ready + 8, 0};
   Slot x_slot = {0, 0}, w_slot = {0, 0};
   for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {

@@ -14,7 +14,7 @@ Activations are bf16; sums are float32.
 import ctypes
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ GROUP_OF = {Activation.A8: 64, Activation.A4: 32}
 TOP_OF = {Activation.A8: 127, Activation.A4: 7}
 OUT_TYPES = (torch.bfloat16, torch.float32)
 PLAIN_TILE = 8  # rows in which torch multiplies dense float32 and float16 matrices
-SMEM_PER_BLOCK, SMEM_PER_SM, BARRIER_BYTES = 227 << 10, 228 << 10, 2832
+SMEM_PER_BLOCK, SMEM_PER_SM, BARRIER_BYTES = 227 << 10, 228 << 10, 3984
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -157,6 +157,17 @@ class Form:
     base_bytes: int = DENSE_BYTES
     rest_bytes: int = 0
 
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether linear.cu has this form for warpgroups: those that need no sums of x."""
+        needs_sums = self.group < self.act_group if self.act == 8 else self.has_shift
+        return not needs_sums
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether the weight is more than a level times a scale."""
+        return self.has_offset or self.has_middle
+
     def defines(self) -> dict[str, int]:
         """Macros."""
         return {
@@ -196,7 +207,7 @@ def _form(spec: PlaneSpec | None, view: View, act_group: int) -> Form:
 class Plan:
     """How a matrix is cut: `panels` of 16 rows a block, columns in `splits` ranges of one cluster.
 
-    The order of every sum follows from `splits`; nothing here depends on the rows of x.
+    The order of every sum follows from `splits`, which never depends on the rows of x.
     """
 
     panels: int
@@ -206,33 +217,52 @@ class Plan:
 # Share of the multiprocessors that clusters of a size can fill: a cluster stays within one part of
 # the chip, and the parts of an H200 are no multiples of 4 (cuOccupancyMaxActiveClusters).
 CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 120 / 132, 8: 120 / 132}
-MAX_PANELS = 16
+MOST_PANELS = 28  # of a block: one a warp, and one warp that feeds
+STAGE_BYTES = 60 << 10  # of weights: three stages must fit
+
+
+def _slots(multiprocessors: int, splits: int) -> int:
+    """Clusters of that size that run at once, one block to a multiprocessor."""
+    return max(1, int(multiprocessors * CLUSTER_SHARE[splits]) // splits)
 
 
 @functools.cache
-def plan(num_row_tiles: int, num_col_tiles: int, multiprocessors: int, has_clusters: bool) -> Plan:
-    """The cut with which the busiest multiprocessor has least to do.
+def plan(
+    num_row_tiles: int,
+    num_col_tiles: int,
+    tile: int,
+    multiprocessors: int,
+    has_clusters: bool,
+    most: int = MOST_PANELS,
+) -> Plan:
+    """The cut with which the busiest multiprocessor is done first.
 
-    A column of a block costs its panels and three more for x, so large blocks win among equals; a
-    range costs its part of a cluster's exchange, a tenth of a tile for each panel.
+    A column of a block takes as long as its panels and three more for x, and at least as long as
+    one warp takes for one tile, about 16 panels' share of a multiprocessor. A range costs its part
+    of a cluster's exchange as well, a tenth of a column.
 
     Args:
         num_row_tiles: tiles of 16 rows.
         num_col_tiles: tiles of 128 columns.
+        tile: bytes of a tile in this view.
         multiprocessors: of the device.
         has_clusters: whether blocks can write into each other's shared memory.
+        most: most panels a block; only the panels depend on it.
     """
-    best, least = Plan(2, 1), float("inf")
-    for splits in (1, 2, 4, 8) if has_clusters else (1,):
-        slots = max(1, int(multiprocessors * CLUSTER_SHARE[splits]) // splits)
-        for panels in range(MAX_PANELS, 0, -2):
-            if splits > num_col_tiles:
-                continue
-            turns = math.ceil(math.ceil(num_row_tiles / panels) / slots)
-            work = turns * (panels + 3) * (math.ceil(num_col_tiles / splits) + 0.1 * splits)
-            if work < least * 0.999:
-                best, least = Plan(panels, splits), work
-    return best
+    widest = min(MOST_PANELS, STAGE_BYTES // tile // 2 * 2)
+
+    def turns(panels: int, splits: int) -> int:
+        return math.ceil(math.ceil(num_row_tiles / panels) / _slots(multiprocessors, splits))
+
+    def cost(panels: int, splits: int) -> float:
+        cols = math.ceil(num_col_tiles / splits) + 0.1 * splits
+        return turns(panels, splits) * (max(panels, min(widest, 16)) + 3) * cols
+
+    choices = [s for s in ((1, 2, 4, 8) if has_clusters else (1,)) if s <= num_col_tiles]
+    widths = range(widest, 0, -2)
+    splits = min(choices, key=lambda s: min(cost(panels, s) for panels in widths))
+    fitting = [panels for panels in widths if panels <= most]
+    return Plan(min(fitting, key=lambda panels: turns(panels, splits) * (panels + 3)), splits)
 
 
 @dataclass(frozen=True)
@@ -245,6 +275,7 @@ class Tuning:
         blocks: blocks that share a multiprocessor, which bounds registers and stages.
         stages: most stages of a ring.
         is_wgmma: products by warpgroups (sm_90a, 32 tokens and more).
+        most: most panels a block.
     """
 
     panels: int
@@ -252,11 +283,14 @@ class Tuning:
     blocks: int = 1
     stages: int = 16
     is_wgmma: bool = False
+    most: int = MOST_PANELS
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
     """The measured best (docs/gpu-notes.md)."""
-    return Tuning(panels=2, cols=2, blocks=2 if token_tiles <= 2 and form.rest_bytes == 0 else 1)
+    if token_tiles >= 4:
+        return Tuning(panels=2, cols=1)
+    return Tuning(panels=1, cols=1 if form.rest_bytes or form.bits == 0 else 2)
 
 
 def _token_tiles(num_tokens: int) -> int:
@@ -310,11 +344,14 @@ def _instance(
 ) -> _Instance:
     has_engine = torch.cuda.get_device_capability(device) >= (9, 0)
     multiprocessors = num_multiprocessors(device)
-    cut = plan(row_tiles, col_tiles, multiprocessors, has_engine)
     token_tiles = _token_tiles(num_tokens)
     tuned = chosen or tuning(form, token_tiles)
     if not has_engine:
-        tuned = Tuning(panels=2, cols=1)
+        tuned = Tuning(panels=2, cols=1, most=16)
+    if torch.cuda.get_device_capability(device) != (9, 0) or not form.has_warpgroups:
+        tuned = replace(tuned, is_wgmma=False)
+    tile = form.base_bytes + form.rest_bytes
+    cut = plan(row_tiles, col_tiles, tile, multiprocessors, has_engine, tuned.most)
     tokens = token_tiles * 8
     consumers = math.ceil(cut.panels / tuned.panels)
     if tuned.is_wgmma:
@@ -323,21 +360,22 @@ def _instance(
     if form.act == 8:
         x_bytes += TILE_COLS // form.act_group * tokens * 8
     stage = _whole(tuned.cols * x_bytes, 1024)
-    weights = consumers * tuned.panels * tuned.cols * (form.base_bytes + form.rest_bytes)
+    weights = consumers * tuned.panels * tuned.cols * tile
     parts = cut.panels * TILE_ROWS * (min(tokens, 32) + 2) * 4
     room = SMEM_PER_BLOCK
     if tuned.blocks > 1:
         room = min(room, SMEM_PER_SM // tuned.blocks - 1024)
     room -= 1024 + BARRIER_BYTES + parts
     num_blocks = math.ceil(row_tiles / cut.panels)
-    slots = multiprocessors // cut.splits
+    slots = _slots(multiprocessors, cut.splits) * tuned.blocks
     steps = math.ceil(math.ceil(col_tiles / cut.splits) / tuned.cols)
     num_stages = min(room // (stage + weights), tuned.stages, steps * math.ceil(num_blocks / slots))
     num_stages = max(num_stages, 1)
     if not has_engine:
         num_stages, stage = 3, stage + _whole(weights, 1024)
         weights = 0
-    threads = (consumers + has_engine) * 32
+    feeding = 0 if not has_engine else 4 if tuned.is_wgmma else 1
+    threads = (consumers + feeding) * 32
     return _Instance(
         kernel=kernel(
             "linear.cu",
@@ -548,7 +586,7 @@ def _ahead(ahead: tuple[PackedMatrix, View] | None) -> _Ahead:
     form = _form(weight.spec if isinstance(weight, PackedPlanes) else None, view, 64)
     row_tiles, col_tiles = weight.base.shape[:2]
     tile = form.base_bytes + form.rest_bytes
-    cut = plan(row_tiles, col_tiles, num_multiprocessors(device), True)
+    cut = plan(row_tiles, col_tiles, tile, num_multiprocessors(device), True)
     bytes_a_depth = row_tiles * cut.splits * tile
     depth = min(AHEAD_BYTES // bytes_a_depth, col_tiles // cut.splits)
     rest = weight.rest if isinstance(weight, PackedPlanes) and form.rest_bytes else None

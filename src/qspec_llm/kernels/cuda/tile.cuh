@@ -68,12 +68,13 @@ DEVICE u32 to_unsigned(u32 codes) {
 #endif
 }
 
-// Byte operands of mma.m16n8k32 from two words: u of rows g and g + 8.
-DEVICE void bytes_of(u32 (&a)[4], u32 first, u32 second) {
+// Byte operands of mma.m16n8k32 from two words: u of rows g, and of rows g + 8 moved right by `shift`.
+DEVICE void bytes_of(u32 (&a)[4], u32 first, u32 second, int shift) {
+  const u32 upper = shift ? 0x0F0F0F0Fu : 0xF0F0F0F0u;
   a[0] = first & 0x0F0F0F0Fu;
-  a[1] = (first >> 4) & 0x0F0F0F0Fu;
+  a[1] = (first >> shift) & upper;
   a[2] = second & 0x0F0F0F0Fu;
-  a[3] = (second >> 4) & 0x0F0F0F0Fu;
+  a[3] = (second >> shift) & upper;
 }
 
 // Two nibbles 16 bits apart as the bf16 pair 128 + nibble.
@@ -97,12 +98,22 @@ DEVICE void levels_of(u32 (&a)[4], u32 codes, u32 low) {
   }
 }
 
-// bits(A) + r - C for a pair, and zero with the sign of A where r = 0. Sums stay within each half:
-// bits(A) + r - C is the magnitude of a bf16 value (or was refused when the weight was stored).
+// bits(A) + r - C for a pair, and zero where r = 0. Sums stay within each half: bits(A) + r - C is the
+// magnitude of a bf16 value (or was refused when the weight was stored), and layout.py refuses scales
+// so small that bits(A) - C would borrow from the other half. The sign of a zero is that of A with
+// EVERY_SIGN; a product sum, which starts at +0, does not see it.
 DEVICE u32 refine(u32 anchor, u32 r) {
   const u32 value = anchor + r - PAIR(3583u);
+#if __CUDA_ARCH__ >= 900 && !defined(EVERY_SIGN)
+  // 1 where r > 0, as bf16 patterns are ordered like integers, and else 0: two instructions, of which
+  // one is off the integer pipe, the busiest
+  u32 is_nonzero;
+  asm("set.gt.bf16x2.bf16x2 %0, %1, %2;" : "=r"(is_nonzero) : "r"(r), "r"(0));
+  return fma_pair(value, is_nonzero, 0x80008000u);
+#else
   const u32 is_nonzero = permute((r + 0x0FFF0FFFu) << 3, 0, 0xBB99);  // bit 12 over its half
   return value & (is_nonzero | 0x80008000u) & (is_nonzero | anchor);
+#endif
 }
 
 // The exact bf16 weights of one step. scale and half hold s and s / 2 twice, of rows g and g + 8;

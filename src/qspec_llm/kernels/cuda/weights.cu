@@ -1,6 +1,7 @@
 // What reads packed weights without multiplying: rows of an embedding, and tiles decoded to bf16.
 // The weights' form is in tile.cuh; here BITS is that of the verify view.
 
+#define EVERY_SIGN
 #include "tile.cuh"
 
 // The weight of one row and column of a tile, at full precision.
