@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_soak_asked_for = "soak" in (config.option.markexpr or "")
     no_weights = _why_no_weights()
-    # Triton's interpreter stands in for a GPU where it is asked for (tests/kernels/test_triton.py)
+    # Triton's interpreter stands in for a GPU where it is asked for (tests/kernels/test_gpu.py)
     has_gpu = torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
     for item in items:
         if no_weights and "weights" in item.keywords:

@@ -28,14 +28,24 @@ LANES = 8  # of chunks of keys
 LARGEST_BLOCK = 227 << 10  # bytes of shared memory
 
 
-def attend(query: Tensor, kv: LayerKV, rows: Rows) -> Tensor:
-    """Causal attention of rotated query [R, heads, D] over the cache at 1/sqrt(D): same shape."""
-    if not _fits(query):
-        out = by_triton.attend_decode(query, kv, rows, _max_context(kv, rows))
-    else:
-        out = _attend(query, None, None, kv, None, rows, None)
-    assert isinstance(out, Tensor)
-    return out
+def attend(
+    query: Tensor, kv: LayerKV, rows: Rows, activation: Activation | None = None
+) -> Tensor | Quantized:
+    """Causal attention of rotated queries over the cache, scaled by 1/sqrt(D).
+
+    Args:
+        query: [R, heads, D].
+        kv: the cache of this layer.
+        rows: where the rows sit, each sequence's its last positions.
+        activation: how to quantise the result, if a group of columns lies within a head.
+
+    Returns:
+        [R, heads, D] in the dtype of `query`, or the quantised rows [R, heads D].
+    """
+    if _fits(query):
+        return _attend(query, None, None, kv, None, rows, activation)
+    form = activation if query.shape[2] in HEAD_DIMS else None
+    return by_triton.attend_decode(query, kv, rows, _max_context(kv, rows), form)
 
 
 def rotate_write_attend(

@@ -54,7 +54,9 @@ def attention(query: Tensor, kv: LayerKV, view: View, rows: Rows) -> Tensor:  # 
     """Causal attention of query [R, heads, D] over the cache at 1/sqrt(D): same shape."""
     if rows.is_prompt:
         return prompt.attend_prompt(query, kv, rows)
-    return decode_attention.attend(query, kv, rows)
+    out = decode_attention.attend(query, kv, rows)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
