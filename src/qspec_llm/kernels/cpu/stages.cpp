@@ -151,9 +151,9 @@ void Attention::prompt_item(const Kernels& kernels, const Cache& cache, const It
 }
 
 void Attention::run(const Kernels& kernels, const Cache& cache, const float* query, int64_t stride,
-                    float* out, bool round, Pool& pool, int thread, Queue& attend, Queue& merge) {
+                    float* out, bool round, Pool& pool, int thread, Shares& attend, Shares& merge) {
   const auto num_items = static_cast<int64_t>(items_.size());
-  attend.each(num_items, 1, [&](int64_t i, int64_t) {
+  attend.each(thread, num_items, 1, [&](int64_t i, int64_t) {
     const Item& item = items_[i];
     if (is_split_) {
       attend_item(kernels, cache, item, query, stride, item.first_part, partials(item.first_part));
@@ -163,7 +163,7 @@ void Attention::run(const Kernels& kernels, const Cache& cache, const float* que
   });
   if (!is_split_) return;
   pool.barrier();
-  merge.each(num_rows_ * num_heads_, 4, [&](int64_t first, int64_t last) {
+  merge.each(thread, num_rows_ * num_heads_, 4, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       Partial& total = partials(0)[i];
       const int64_t last_part = positions_[i / num_heads_] / kKeys;
