@@ -19,7 +19,7 @@ def test_tensors_are_aligned_and_apart() -> None:
     for value, tensor in enumerate(tensors):
         tensor.fill_(value)
     for value, (tensor, shape, dtype) in enumerate(zip(tensors, shapes, dtypes, strict=True)):
-        assert tensor.shape == shape and tensor.dtype is dtype
+        assert (tensor.shape, tensor.dtype) == (shape, dtype)
         assert tensor.is_contiguous()
         assert tensor.data_ptr() % arena.ALIGNMENT == 0
         assert (tensor == value).all()
