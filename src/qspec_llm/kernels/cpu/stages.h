@@ -31,7 +31,7 @@ class InputStore {
                       std::vector<int8_t>& bytes, std::vector<float>& scales);
   Input input_{};
   std::vector<int8_t> bytes_[3];
-  std::vector<float> scales_[3];
+  std::vector<float> scales_[3], wide_;
 };
 
 // Fill forms of an input; `thread` takes its share of the columns.
