@@ -124,7 +124,11 @@ void attend(const Keys& keys, int64_t kv_head, int64_t part, int num_pairs,
 
 void merge(Partial& total, const Partial& next, int64_t head_dim) {
   const float top = total.max > next.max ? total.max : next.max;
-  const float old_weight = exp_one(total.max - top), new_weight = exp_one(next.max - top);
+  alignas(64) float weights[16] = {total.max - top, next.max - top};
+  const bool is_old_lost = weights[0] < -87.3f, is_new_lost = weights[1] < -87.3f;
+  store(weights, exp_lanes(load(weights)));
+  const float old_weight = is_old_lost ? 0.0f : weights[0];
+  const float new_weight = is_new_lost ? 0.0f : weights[1];
   total.max = top;
   total.sum = total.sum * old_weight + next.sum * new_weight;
   const V a = set1(old_weight), b = set1(new_weight);
