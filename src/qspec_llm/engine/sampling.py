@@ -57,10 +57,10 @@ def _penalise(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tenso
 
 def argmax(logits: Tensor) -> list[int]:
     """The most likely token of each row of [L, vocabulary], the first of equal ones."""
-    if logits.device.type != "cpu":
-        return logits.argmax(-1).tolist()
-    # torch's takes ten times as long, 110 us for a row of 49152
-    return logits.numpy().argmax(-1).tolist()
+    # where it can, by numpy: torch takes ten times as long, 110 us for a row of 49152
+    is_on_cpu = logits.device.type == "cpu"
+    tokens: list[int] = (logits.numpy() if is_on_cpu else logits).argmax(-1).tolist()
+    return tokens
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
