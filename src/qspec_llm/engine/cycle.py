@@ -13,7 +13,7 @@ Requests with options that a graph does not cover take the ordinary step, in the
 """
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
@@ -45,8 +45,9 @@ COVERED = HOST_OPTIONS | {"temperature", "top_p", "top_k", "min_p", "seed"}
 
 def covers(params: SamplingParams) -> bool:
     """Whether a graph can decide the tokens of requests with these options."""
-    others = (field for field in fields(params) if field.name not in COVERED)
-    return all(getattr(params, field.name) == field.default for field in others)
+    others = [field.name for field in fields(params) if field.name not in COVERED]
+    usual = SamplingParams()
+    return all(getattr(params, name) == getattr(usual, name) for name in others)
 
 
 class _Choice(IntEnum):
@@ -90,17 +91,19 @@ class _Graph:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A launched cycle: whose it is, and where its results arrive once `done`."""
+    """A launched cycle: whose it is, with which gammas, and where its results arrive once `done`."""
 
     requests: tuple[Request, ...]
+    gammas: tuple[int, ...]
     results: Tensor  # [B, W + 2] int64, pinned
     begun: Any
     done: Any
 
-    @property
-    def request_ids(self) -> list[int]:
-        """Whose it is."""
-        return [request.request_id for request in self.requests]
+    def is_of(self, spans: Iterable[Span]) -> bool:
+        """Whether it computes these spans' requests, as they are now."""
+        now = [(span.request.request_id, span.request.gamma) for span in spans]
+        then = zip((request.request_id for request in self.requests), self.gammas, strict=True)
+        return list(then) == now
 
     def wait(self) -> list[list[int]]:
         """Its results, one list a line."""
@@ -151,7 +154,7 @@ class Cycles:
         flight, self._ahead = self._ahead, None
         with torch.inference_mode():
             if flight is not None:
-                if flight.request_ids == list(wanted):
+                if flight.is_of(wanted.values()):
                     self._ahead = self._launch_ahead(flight.requests)
                 outcomes = self._outcomes(flight, wanted)
             if fresh := [span for key, span in wanted.items() if key not in outcomes]:
@@ -165,14 +168,17 @@ class Cycles:
         return outcomes
 
     def _outcomes(self, flight: _Flight, wanted: dict[int, Span]) -> dict[int, Accepted]:
-        """What a flight decided for the spans that start where it started."""
+        """What a flight decided for the spans that start, and draft, as it supposed."""
         results = flight.wait()
         self.gpu_seconds += flight.begun.elapsed_time(flight.done) / 1e3
         outcomes = {}
-        for key, (num_accepted, start, *tokens) in zip(flight.request_ids, results, strict=False):
-            span = wanted.get(key)
-            if span is not None and span.start == start and num_accepted >= 0:
-                outcomes[key] = Accepted(tuple(tokens[: num_accepted + 1]), num_accepted)
+        lines = zip(flight.requests, flight.gammas, results, strict=False)  # idle lines come last
+        for request, gamma, (num_accepted, start, *tokens) in lines:
+            span = wanted.get(request.request_id)
+            is_live = num_accepted >= 0
+            if span is not None and is_live and (span.start, request.gamma) == (start, gamma):
+                tokens = tokens[: num_accepted + 1]
+                outcomes[request.request_id] = Accepted(tuple(tokens), num_accepted)
         return outcomes
 
     def _launch_ahead(self, requests: tuple[Request, ...]) -> _Flight | None:
@@ -202,7 +208,8 @@ class Cycles:
         graph.launch()
         results = self._recorder.fetch(graph.out)
         done.record()
-        return _Flight(requests, results, begun, done)
+        gammas = tuple(request.gamma for request in requests)
+        return _Flight(requests, gammas, results, begun, done)
 
     def _lines(self, shape: _Shape) -> Lines:
         size = shape.num_lines * (PLAN + shape.num_blocks)
@@ -349,7 +356,8 @@ class _Instant:
 def _is_covered(span: Span) -> bool:
     """Whether this span is one known token of an answer, of a request that graphs cover."""
     is_decoding = bool(span.request.output) and span.num_logits == len(span.tokens) == 1
-    return is_decoding and covers(span.request.params)
+    has_grammar = getattr(span.request, "grammar", None) is not None  # the host's to follow
+    return is_decoding and not has_grammar and covers(span.request.params)
 
 
 def _plan(request: Request, num_blocks: int) -> list[int]:
