@@ -91,7 +91,7 @@ class _Graph:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A launched cycle: whose it is, with which gammas, and where its results arrive once `done`."""
+    """A launched cycle: whose it is, with which gammas; its results arrive once it is `done`."""
 
     requests: tuple[Request, ...]
     gammas: tuple[int, ...]
