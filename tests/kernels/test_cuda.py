@@ -119,9 +119,7 @@ def test_every_kernel_compiles(arch: str, tmp_path: Any, monkeypatch: pytest.Mon
         stored = None if form is None else random_stored(form, 32, 128, 64)
         spec = stored.spec if isinstance(stored, Planes) else None
         shape = linear._form(spec, view, 64)
-        more = {"NT": token_tiles, "RT": 2, "COLS": 2, "WGMMA": 0, "THREADS": 288, "BLOCKS": 1}
-        if arch == "sm_90a" and token_tiles > 2:
-            more |= {"RT": 1, "WGMMA": 1, "COLS": 1, "THREADS": 512}
+        more = {"NT": token_tiles, "RT": 1, "COLS": 1, "THREADS": 480, "BLOCKS": 1}
         defines = [(k, str(v)) for k, v in {**shape.defines(), **more}.items()]
         assert nvrtc.compile_source("linear.cu", arch, defines)
         if view == VERIFY:
@@ -146,12 +144,12 @@ def test_no_gpu_is_one_sentence() -> None:
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
 def test_the_cut_keeps_every_multiprocessor_busy(shape: tuple[int, int]) -> None:
     tiles = shape[0] // 16, shape[1] // 128
-    cut = linear.plan(*tiles, 1056, 132, True)
+    cut = linear.plan(*tiles, 132, True)
     blocks = -(-tiles[0] // cut.panels)
     assert blocks * cut.splits <= 132
     assert blocks * cut.panels < 1.1 * tiles[0]
     assert cut.panels * tiles[1] / cut.splits < 1.4 * tiles[0] * tiles[1] / 132
-    few = linear.plan(*tiles, 1056, 132, True, most=12)
+    few = linear.plan(*tiles, 132, True, most=12)
     assert few.splits == cut.splits  # the order of sums
     assert few.panels <= 12
 

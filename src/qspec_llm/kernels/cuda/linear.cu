@@ -13,13 +13,10 @@
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
 //   NT    tiles of 8 tokens      RT     panels a warp (1 or 2)
-//   COLS  tiles a stage          WGMMA  products by warpgroups: RT = 1, warps a multiple of 4
+//   COLS  tiles a stage
 //   THREADS, BLOCKS  launch bounds
 
 #include "tile.cuh"
-#if WGMMA
-#include "wgmma.cuh"
-#endif
 
 #define TOKENS (NT * 8)
 #if ACT == 8
@@ -34,14 +31,6 @@
 #define X_STAGE ((COLS * (X_BYTES + META_BYTES) + 1023) / 1024 * 1024)
 #define PANEL_BYTES (COLS * (BASE_BYTES + REST_BYTES))
 #define MAX_STAGES 16
-#if WGMMA
-#define FEED_WARPS 4  // one feeds; registers are dealt out by warpgroups
-#define FEED_REGISTERS 40
-#define MULTIPLY_REGISTERS \
-  ((2048 - FEED_WARPS * FEED_REGISTERS) / (THREADS / 32 - FEED_WARPS) / 8 * 8)
-#else
-#define FEED_WARPS 1
-#endif
 #define MAX_WARPS 29
 #define PART_TILES (NT < 4 ? NT : 4)  // token tiles that are reduced at a time
 #define PART_TOKENS (PART_TILES * 8)
@@ -175,48 +164,6 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #endif
         }
       }
-#if WGMMA
-      int d[NT][4];
-#if BITS == 8
-      int high[NT][4];
-#endif
-      wgmma_begin();
-#pragma unroll
-      for (int step = sub; step < sub + SUBGROUP / 32; step++) {
-        const u64 b = x_descriptor(tile.x + h * 64 + step * 32);
-#if BITS == 8
-        wgmma_u8s8(high, a[0][step], b, step > sub);
-        wgmma_u8s8(d, fine[0][step], b, step > sub);
-#else
-        wgmma_u8s8(d, a[0][step], b, step > sub);
-#endif
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
-      hold(d);
-#if BITS == 8
-      hold(high);
-#endif
-#pragma unroll
-      for (int n = 0; n < NT; n++) {
-        const uint4 m = load_shared4(tile.meta + (act_group * TOKENS + n * 8 + 2 * l.t) * 8);
-        const float xs0 = __uint_as_float(m.x), xs1 = __uint_as_float(m.z);
-        const int z0 = -LEVEL_ZERO * (int)m.y, z1 = -LEVEL_ZERO * (int)m.w;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float xs = i & 1 ? xs1 : xs0;
-          int level = d[n][i] + (i & 1 ? z1 : z0);
-#if BITS == 8
-          level += 16 * high[n][i];
-#endif
-          acc[0][n][i] = fmaf((float)level, xs * scale[0][i >> 1], acc[0][n][i]);
-#if HAS_SHIFT
-          const float sum = (float)(int)(i & 1 ? m.w : m.y);
-          acc[0][n][i] = fmaf(sum * xs, shift[0][i >> 1], acc[0][n][i]);
-#endif
-        }
-      }
-#else
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         u32 b[4];
@@ -263,7 +210,6 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
           }
         }
       }
-#endif
     }
   }
 }
@@ -301,24 +247,6 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #endif
       }
     }
-#if WGMMA
-    float d[NT][4];
-    wgmma_begin();
-#pragma unroll
-    for (int step = 0; step < steps; step++) {
-      const int at_step = group * steps + step, h = at_step / 4;
-      const u32 x = tile.x + h * (X_BYTES / 2) + at_step % 4 * 32;
-      wgmma_bf16(d, a[0][step], x_descriptor(x), step > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    hold(d);
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) acc[0][n][i] = fmaf(d[n][i], scale[0][i >> 1], acc[0][n][i]);
-    }
-#else
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       float d[RT][4] = {};
@@ -351,7 +279,6 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
         }
       }
     }
-#endif
   }
 }
 #else
@@ -386,24 +313,6 @@ DEVICE void weights_of(u32 (&a)[4][4], const Lane& l, u32 base, u32 rest, int h)
 #endif
 }
 
-#if WGMMA
-// One half is decoded while the products of the other run.
-DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
-  u32 a[2][4][4];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    weights_of(a[h], l, tile.base[0], tile.rest[0], h);
-    wgmma_begin();
-#pragma unroll
-    for (int step = 0; step < 4; step++) {
-      wgmma_bf16(acc[0], a[h][step], x_descriptor(tile.x + h * (X_BYTES / 2) + step * 32), 1);
-    }
-    wgmma_commit();
-  }
-  wgmma_wait<0>();
-  hold(acc[0]);
-}
-#else
 DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -424,7 +333,6 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
     }
   }
 }
-#endif
 #endif
 
 // ---- results -------------------------------------------------------------------------------------
@@ -645,7 +553,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   extern __shared__ u8 raw[];
   __shared__ u64 barriers[(2 + MAX_WARPS) * MAX_STAGES + 2];
   launch_dependents();
-  const int warp = threadIdx.x / 32, consumers = blockDim.x / 32 - FEED_WARPS;
+  const int warp = threadIdx.x / 32, consumers = blockDim.x / 32 - 1;
   const Share s = my_share(p);
   const Lane l = my_lane();
   const u32 x_ring = (smem_address(raw) + 1023) / 1024 * 1024;
@@ -679,17 +587,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   __syncthreads();
 
   if (warp >= consumers) {
-#if WGMMA
-    // registers go from the warpgroup of the feeding warp to those that multiply
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEED_REGISTERS));
-#endif
     if (warp == consumers) feed_x(p, s, &map, x_ring, x_full, x_empty, l.lane);
     if (p.log_splits) cluster_wait();
     return;
   }
-#if WGMMA
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
-#endif
   Exchange e = {weights + consumers * p.num_stages * RT * PANEL_BYTES, ready, ready + 8, 0};
   Slot x_slot = {0, 0}, w_slot = {0, 0};
   for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {
@@ -699,7 +600,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int step = 0; step < s.num_steps; step++) {
       if (has_rows) barrier_wait(w_full + w_slot.index * 8, w_slot.parity);
       barrier_wait(x_full + x_slot.index * 8, x_slot.parity);
-      if (has_rows || WGMMA) {
+      if (has_rows) {
         multiply_stage(acc, l, x_ring + x_slot.index * X_STAGE,
                        stream.ring + w_slot.index * RT * PANEL_BYTES,
                        min(COLS, s.num_tiles - step * COLS));

@@ -14,7 +14,7 @@ Activations are bf16; sums are float32.
 import ctypes
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -157,17 +157,6 @@ class Form:
     base_bytes: int = DENSE_BYTES
     rest_bytes: int = 0
 
-    @property
-    def has_warpgroups(self) -> bool:
-        """Whether linear.cu has this form for warpgroups: those that need no sums of x."""
-        needs_sums = self.group < self.act_group if self.act == 8 else self.has_shift
-        return not needs_sums
-
-    @property
-    def has_shift(self) -> bool:
-        """Whether the weight is more than a level times a scale."""
-        return self.has_offset or self.has_middle
-
     def defines(self) -> dict[str, int]:
         """Macros."""
         return {
@@ -217,52 +206,41 @@ class Plan:
 # Share of the multiprocessors that clusters of a size can fill: a cluster stays within one part of
 # the chip, and the parts of an H200 are no multiples of 4 (cuOccupancyMaxActiveClusters).
 CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 120 / 132, 8: 120 / 132}
-MOST_PANELS = 28  # of a block: one a warp, and one warp that feeds
-STAGE_BYTES = 60 << 10  # of weights: three stages must fit
-
-
-def _slots(multiprocessors: int, splits: int) -> int:
-    """Clusters of that size that run at once, one block to a multiprocessor."""
-    return max(1, int(multiprocessors * CLUSTER_SHARE[splits]) // splits)
+MOST_PANELS = 16
+STAGE_BYTES = 60 << 10  # of weights: three stages must fit beside x
 
 
 @functools.cache
 def plan(
     num_row_tiles: int,
     num_col_tiles: int,
-    tile: int,
     multiprocessors: int,
     has_clusters: bool,
     most: int = MOST_PANELS,
 ) -> Plan:
-    """The cut with which the busiest multiprocessor is done first.
+    """The cut with which the busiest multiprocessor has least to do.
 
-    A column of a block takes as long as its panels and three more for x, and at least as long as
-    one warp takes for one tile, about 16 panels' share of a multiprocessor. A range costs its part
-    of a cluster's exchange as well, a tenth of a column.
+    A column of a block costs its panels and three more for x, so large blocks win among equals; a
+    range costs its part of a cluster's exchange, a tenth of a column.
 
     Args:
         num_row_tiles: tiles of 16 rows.
         num_col_tiles: tiles of 128 columns.
-        tile: bytes of a tile in this view.
         multiprocessors: of the device.
         has_clusters: whether blocks can write into each other's shared memory.
         most: most panels a block; only the panels depend on it.
     """
-    widest = min(MOST_PANELS, STAGE_BYTES // tile // 2 * 2)
 
-    def turns(panels: int, splits: int) -> int:
-        return math.ceil(math.ceil(num_row_tiles / panels) / _slots(multiprocessors, splits))
+    def work(panels: int, splits: int) -> float:
+        slots = max(1, int(multiprocessors * CLUSTER_SHARE[splits]) // splits)
+        turns = math.ceil(math.ceil(num_row_tiles / panels) / slots)
+        return turns * (panels + 3) * (math.ceil(num_col_tiles / splits) + 0.1 * splits)
 
-    def cost(panels: int, splits: int) -> float:
-        cols = math.ceil(num_col_tiles / splits) + 0.1 * splits
-        return turns(panels, splits) * (max(panels, min(widest, 16)) + 3) * cols
-
+    widths = range(MOST_PANELS, 0, -2)
     choices = [s for s in ((1, 2, 4, 8) if has_clusters else (1,)) if s <= num_col_tiles]
-    widths = range(widest, 0, -2)
-    splits = min(choices, key=lambda s: min(cost(panels, s) for panels in widths))
+    splits = min(choices, key=lambda s: min(work(panels, s) for panels in widths))
     fitting = [panels for panels in widths if panels <= most]
-    return Plan(min(fitting, key=lambda panels: turns(panels, splits) * (panels + 3)), splits)
+    return Plan(min(fitting, key=lambda panels: work(panels, splits)), splits)
 
 
 @dataclass(frozen=True)
@@ -274,7 +252,6 @@ class Tuning:
         cols: tiles of columns a stage.
         blocks: blocks that share a multiprocessor, which bounds registers and stages.
         stages: most stages of a ring.
-        is_wgmma: products by warpgroups (sm_90a, 32 tokens and more).
         most: most panels a block.
     """
 
@@ -282,15 +259,15 @@ class Tuning:
     cols: int
     blocks: int = 1
     stages: int = 16
-    is_wgmma: bool = False
     most: int = MOST_PANELS
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
-    """The measured best (docs/gpu-notes.md)."""
+    """The measured best (docs/gpu-notes.md): long stages for few tokens, registers for many."""
     if token_tiles >= 4:
-        return Tuning(panels=2, cols=1)
-    return Tuning(panels=1, cols=1 if form.rest_bytes or form.bits == 0 else 2)
+        return Tuning(panels=1, cols=1, most=14)
+    stage = 14 * (form.base_bytes + form.rest_bytes)
+    return Tuning(panels=1, cols=next(c for c in (4, 2, 1) if c * stage <= STAGE_BYTES or c == 1))
 
 
 def _token_tiles(num_tokens: int) -> int:
@@ -348,14 +325,10 @@ def _instance(
     tuned = chosen or tuning(form, token_tiles)
     if not has_engine:
         tuned = Tuning(panels=2, cols=1, most=16)
-    if torch.cuda.get_device_capability(device) != (9, 0) or not form.has_warpgroups:
-        tuned = replace(tuned, is_wgmma=False)
     tile = form.base_bytes + form.rest_bytes
-    cut = plan(row_tiles, col_tiles, tile, multiprocessors, has_engine, tuned.most)
+    cut = plan(row_tiles, col_tiles, multiprocessors, has_engine, tuned.most)
     tokens = token_tiles * 8
     consumers = math.ceil(cut.panels / tuned.panels)
-    if tuned.is_wgmma:
-        consumers = math.ceil(consumers / 4) * 4
     x_bytes = tokens * (128 if form.act == 8 else 256)
     if form.act == 8:
         x_bytes += TILE_COLS // form.act_group * tokens * 8
@@ -367,15 +340,14 @@ def _instance(
         room = min(room, SMEM_PER_SM // tuned.blocks - 1024)
     room -= 1024 + BARRIER_BYTES + parts
     num_blocks = math.ceil(row_tiles / cut.panels)
-    slots = _slots(multiprocessors, cut.splits) * tuned.blocks
+    slots = max(1, int(multiprocessors * CLUSTER_SHARE[cut.splits]) // cut.splits)
     steps = math.ceil(math.ceil(col_tiles / cut.splits) / tuned.cols)
     num_stages = min(room // (stage + weights), tuned.stages, steps * math.ceil(num_blocks / slots))
     num_stages = max(num_stages, 1)
     if not has_engine:
         num_stages, stage = 3, stage + _whole(weights, 1024)
         weights = 0
-    feeding = 0 if not has_engine else 4 if tuned.is_wgmma else 1
-    threads = (consumers + feeding) * 32
+    threads = (consumers + has_engine) * 32
     return _Instance(
         kernel=kernel(
             "linear.cu",
@@ -384,7 +356,6 @@ def _instance(
             NT=token_tiles,
             RT=tuned.panels,
             COLS=tuned.cols,
-            WGMMA=int(tuned.is_wgmma),
             THREADS=threads,
             BLOCKS=tuned.blocks,
         ),
@@ -586,7 +557,7 @@ def _ahead(ahead: tuple[PackedMatrix, View] | None) -> _Ahead:
     form = _form(weight.spec if isinstance(weight, PackedPlanes) else None, view, 64)
     row_tiles, col_tiles = weight.base.shape[:2]
     tile = form.base_bytes + form.rest_bytes
-    cut = plan(row_tiles, col_tiles, tile, num_multiprocessors(device), True)
+    cut = plan(row_tiles, col_tiles, num_multiprocessors(device), True)
     bytes_a_depth = row_tiles * cut.splits * tile
     depth = min(AHEAD_BYTES // bytes_a_depth, col_tiles // cut.splits)
     rest = weight.rest if isinstance(weight, PackedPlanes) and form.rest_bytes else None
