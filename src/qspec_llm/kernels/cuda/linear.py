@@ -38,9 +38,11 @@ from qspec_llm.weights.view import VERIFY, Activation, View
 __all__ = [
     "MAX_TOKENS",
     "PROMPT_TILE",
+    "Form",
     "Plan",
     "Quantized",
     "Tuning",
+    "activation_group",
     "buffers",
     "can_run",
     "decoded",
