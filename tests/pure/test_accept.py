@@ -307,7 +307,7 @@ def test_top_p_of_a_large_vocabulary_is_that_of_a_stable_sort(top_p, spread):
     generator = torch.Generator().manual_seed(5)
     logits = torch.randint(-6, 1, (3, 3000), generator=generator) * spread
     probs = torch.softmax(logits.float(), -1)
-    ranked, order = (probs / probs.sum(-1, keepdim=True)).sort(-1, descending=True, stable=True)
+    ranked, order = (probs / probs.sum(-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
     is_out = ranked.cumsum(-1) - ranked >= top_p
     expected = torch.zeros_like(is_out).scatter(-1, order, ~is_out)
     kept = probabilities(logits.float(), SamplingParams(temperature=1, top_p=top_p)) > 0
