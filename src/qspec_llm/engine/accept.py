@@ -5,7 +5,7 @@ Greedy: a draft stands while it is the verify view's own choice. Sampling: specu
 verify view's distribution, whatever the draft's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from qspec_llm.engine.batch import Batch, Span
 from qspec_llm.engine.draft import Drafts
 from qspec_llm.engine.random import Stream, uniform
 from qspec_llm.engine.request import TokenLogprobs
-from qspec_llm.engine.sampling import adjust, pick, probabilities
+from qspec_llm.engine.sampling import adjust, argmax, pick, probabilities
 
 __all__ = ["Accepted", "accept", "accept_greedy", "accept_sampled"]
 
@@ -32,15 +32,17 @@ class Accepted:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def accept_greedy(draft_tokens: Tensor, target_tokens: Tensor) -> int:
+def accept_greedy(draft_tokens: Sequence[int], target_tokens: Sequence[int]) -> int:
     """How many drafts equal the verifier's choice before the first that does not.
 
     Args:
-        draft_tokens: [gamma] int64.
-        target_tokens: [gamma + 1] int64, the verifier's choice at each position.
+        draft_tokens: gamma tokens.
+        target_tokens: gamma + 1, the verifier's choice at each position.
     """
-    is_equal = draft_tokens == target_tokens[: len(draft_tokens)]
-    return int(is_equal.long().cumprod(0).sum())
+    pairs = zip(draft_tokens, target_tokens, strict=False)
+    return next(
+        (i for i, (draft, target) in enumerate(pairs) if draft != target), len(draft_tokens)
+    )
 
 
 def accept_sampled(
@@ -95,23 +97,25 @@ def accept(batch: Batch, drafts: Drafts, logits: Tensor) -> list[Accepted]:
 
 
 def _split(batch: Batch, drafts: Drafts, logits: Tensor) -> Iterator[Tensor]:
-    verified = batch.extend(drafts.tokens)
-    yield from torch.split(logits, [span.num_logits for span in verified.spans])
+    first = 0
+    for span, drafted in zip(batch.spans, drafts.tokens, strict=True):
+        count = span.num_logits + len(drafted)
+        yield logits[first : first + count]
+        first += count
 
 
 def _decide(span: Span, drafted: list[int], draft_probs: list[Tensor], logits: Tensor) -> Accepted:
     """One span: logits [gamma + 1, vocabulary]."""
     request = span.request
-    draft_tokens = torch.tensor(drafted, dtype=torch.int64)
     adjusted = adjust(logits, request, drafted)
     if request.params.is_greedy:
-        target_tokens = adjusted.argmax(-1)
-        num_accepted = accept_greedy(draft_tokens, target_tokens)
-        last = int(target_tokens[num_accepted])
+        target_tokens = argmax(adjusted)
+        num_accepted = accept_greedy(drafted, target_tokens)
+        last = target_tokens[num_accepted]
     else:
         positions = torch.arange(span.stop, span.stop + len(drafted) + 1)
         num_accepted, last = accept_sampled(
-            draft_tokens,
+            torch.tensor(drafted, dtype=torch.int64),
             torch.stack(draft_probs) if draft_probs else adjusted[:0],
             probabilities(adjusted, request.params),
             uniform(request.seed, request.sample, positions[:-1], Stream.ACCEPT),

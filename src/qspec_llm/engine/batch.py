@@ -36,6 +36,8 @@ class Batch:
 
     def extend(self, drafts: Sequence[Sequence[int]]) -> "Batch":
         """The batch to verify: every span followed by its drafted tokens, with all their logits."""
+        if not any(drafts):
+            return self
         return Batch(
             tuple(
                 replace(

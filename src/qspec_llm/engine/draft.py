@@ -11,7 +11,7 @@ from torch import Tensor
 from qspec_llm.engine.batch import Batch, Span
 from qspec_llm.engine.random import Stream, uniform
 from qspec_llm.engine.runner import Runner
-from qspec_llm.engine.sampling import adjust, pick, probabilities
+from qspec_llm.engine.sampling import adjust, argmax, pick, probabilities
 from qspec_llm.weights.view import View
 
 __all__ = ["Drafts", "draft"]
@@ -52,7 +52,7 @@ def _propose(span: Span, logits: Tensor, tokens: list[int], probs: list[Tensor])
     request = span.request
     logits = adjust(logits, request, tokens)
     if request.params.is_greedy:
-        tokens.append(int(logits.argmax()))
+        tokens += argmax(logits)
         return
     distribution = probabilities(logits, request.params)
     position = torch.tensor([span.stop + len(tokens)])

@@ -50,12 +50,14 @@ class Runner:
                 continue
             with torch.inference_mode():
                 out = self._forward(pieces, view, is_prompt)
-            for piece, part in zip(
-                pieces, torch.split(out, [p.num_logits for p in pieces]), strict=True
-            ):
+            first = 0
+            for piece in pieces:
                 if piece.num_logits:
-                    logits[piece.span] = part
+                    logits[piece.span] = out[first : first + piece.num_logits]
+                    first += piece.num_logits
         found = [part for part in logits if part is not None]
+        if len(found) == 1:
+            return found[0]  # megabytes, so not copied
         return torch.cat(found) if found else torch.empty(0, self.decoder.config.vocab_size)
 
     def _forward(self, pieces: list[_Piece], view: View, is_prompt: bool) -> Tensor:

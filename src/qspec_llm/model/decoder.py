@@ -72,12 +72,8 @@ class Decoder:
         return self.ops.whole_step(self)
 
     def nbytes(self) -> int:
-        """Bytes of weights held, counted from the storages, each once."""
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in self._tensors()
-        }
-        return sum(storages.values())
+        """Bytes of weights held, each once: tied tensors lie at one address."""
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in self._tensors()}.values())
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.ops.buffers(self.embedding)

@@ -25,6 +25,19 @@ QSPEC_INLINE void load_tile(const Keys& keys, const void* pool, int64_t head, in
   }
 }
 
+// Begin to read what load_tile will: rows of one head lie apart, which no prefetcher foresees.
+QSPEC_INLINE void fetch_tile(const Keys& keys, const void* pool, int64_t head, int64_t first,
+                             int64_t count) {
+  const Cache& cache = *keys.cache;
+  const int64_t size = cache.type == Type::kF32 ? 4 : 2, bytes = cache.head_dim * size;
+  for (int64_t key = first; key < first + count; ++key) {
+    const int64_t slot =
+        keys.block_table[key / cache.block_size] * cache.block_size + key % cache.block_size;
+    const char* row = static_cast<const char*>(pool) + (slot * cache.num_kv_heads + head) * bytes;
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(row + at);
+  }
+}
+
 constexpr int64_t kMaxHeadDim = 256;
 
 void attend(const Keys& keys, int64_t kv_head, int64_t part, int num_pairs,
@@ -40,8 +53,12 @@ void attend(const Keys& keys, int64_t kv_head, int64_t part, int num_pairs,
     most = most > seen[p] ? most : seen[p];
   }
 
+  const auto tile_at = [&](int64_t key) { return most - key < kTile ? most - key : kTile; };
+  fetch_tile(keys, keys.cache->keys, kv_head, start, most < 2 * kTile ? most : 2 * kTile);
   for (int64_t key = 0; key < most; key += kTile) {
-    const int64_t count = most - key < kTile ? most - key : kTile;
+    const int64_t count = tile_at(key);
+    fetch_tile(keys, keys.cache->keys, kv_head, start + key + 2 * kTile, tile_at(key + 2 * kTile));
+    fetch_tile(keys, keys.cache->values, kv_head, start + key, count);
     load_tile(keys, keys.cache->keys, kv_head, start + key, count, tile);
     for (int64_t i = count * D; i < kTile * D; i += 16) store(tile + i, zero());
     for (int p = 0; p < num_pairs; ++p) {
@@ -107,7 +124,11 @@ void attend(const Keys& keys, int64_t kv_head, int64_t part, int num_pairs,
 
 void merge(Partial& total, const Partial& next, int64_t head_dim) {
   const float top = total.max > next.max ? total.max : next.max;
-  const float old_weight = exp_one(total.max - top), new_weight = exp_one(next.max - top);
+  alignas(64) float weights[16] = {total.max - top, next.max - top};
+  const bool is_old_lost = weights[0] < -87.3f, is_new_lost = weights[1] < -87.3f;
+  store(weights, exp_lanes(load(weights)));
+  const float old_weight = is_old_lost ? 0.0f : weights[0];
+  const float new_weight = is_new_lost ? 0.0f : weights[1];
   total.max = top;
   total.sum = total.sum * old_weight + next.sum * new_weight;
   const V a = set1(old_weight), b = set1(new_weight);

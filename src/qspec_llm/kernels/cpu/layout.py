@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels.cpu import _cpu
+from qspec_llm.kernels.cpu.arena import Arena
 from qspec_llm.weights.pack import pack_nibbles, unpack_nibbles
 from qspec_llm.weights.planes import Dense, Grid, Planes, PlaneSpec, Stored
 
@@ -31,6 +32,7 @@ TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GRID_CODES = {Grid.SIGNED: 0, Grid.AFFINE: 1}
 DENSE_GRID = 2
 PANEL = _cpu.PANEL
+ARENA = Arena()
 # Decoding goes through 2^23 times the anchor, which must stay finite.
 LARGEST_EXACT_SCALE = 2.0**100
 
@@ -134,14 +136,8 @@ def _pack_dense(stored: Dense) -> PackedDense:
 
 
 def _settle(arranged: Tensor) -> Tensor:
-    """The tensor, contiguous, in memory of large pages where the system has them.
-
-    Reading a matrix once from end to end then misses the TLB less often: 5 to 9 % more bytes a
-    second. It must be asked for before the memory is first written.
-    """
-    out = torch.empty(arranged.shape, dtype=arranged.dtype)
-    _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out.copy_(arranged)
+    """The tensor, contiguous, where the kernels read it fastest."""
+    return ARENA.empty(arranged.shape, arranged.dtype).copy_(arranged)
 
 
 def _pad(rows: Tensor) -> Tensor:

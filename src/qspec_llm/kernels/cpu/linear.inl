@@ -14,8 +14,17 @@ QSPEC_INLINE RowBlock row_block(int64_t num_rows, int64_t most, int64_t row) {
   return {first, num_rows * (block + 1) / num_blocks - first};
 }
 
-// How far ahead of its use a plane is fetched, in bytes of that plane.
-constexpr int64_t kAhead = 2048;
+// How far ahead of its use a plane is fetched, in bytes of that plane: into the first-level cache,
+// which can wait for 16 lines only, and into the second, one page on, where the prefetchers of the
+// hardware begin anew. Measured: docs/cpu-notes.md.
+constexpr int64_t kAhead = 1024, kFarAhead = 4096, kScalesAhead = 128;
+// Kernels with more arithmetic than that leave the memory time enough.
+constexpr int64_t kExactAhead = 2048;
+
+QSPEC_INLINE void fetch_ahead(const uint8_t* plane) {
+  prefetch(plane + kAhead);
+  prefetch_far(plane + kFarAhead);
+}
 
 QSPEC_INLINE V load_scale(const uint16_t* p, Type type) {
   return type == Type::kBF16 ? load_bf16(p) : load_f16(p);
@@ -41,7 +50,7 @@ QSPEC_INLINE void levels(const uint8_t* q4, const uint8_t* r4, I& low, I& high) 
 // Integer levels times integer activations: a block of rows against one panel, into acc. `x` is the
 // block's part of each array; STEP columns share the scales of both sides.
 template <bool SIGNED, bool EIGHT, int LIMBS, int M, int STEP>
-QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t panel, V* acc) {
+QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t panel, V* out) {
   const int64_t K = w.num_cols, num_groups = K / w.group;
   const uint8_t* q4 = w.q4 + panel * K * (kPanel / 2);
   const uint8_t* r4 = EIGHT ? w.r4 + panel * K * (kPanel / 2) : nullptr;
@@ -56,7 +65,7 @@ QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t panel, 
   const V zero_lanes = set1(zero_point), unit = set1(1.0f / 16);
   const int64_t steps_in_group = w.group / STEP;
   int64_t steps_left = 0;
-  V s = zero(), b = zero();
+  V s = zero(), b = zero(), acc[M];  // not `out`, which would be written every time
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[m] = zero();
 
@@ -67,11 +76,11 @@ QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t panel, 
 #pragma GCC unroll 3
       for (int l = 0; l < LIMBS; ++l) dots[l][m] = zero_i();
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int i = 0; i < STEP / 8; ++i) {
       I low, high;
-      prefetch(q4 + kAhead);
-      if constexpr (EIGHT) prefetch(r4 + kAhead);
+      fetch_ahead(q4);
+      if constexpr (EIGHT) fetch_ahead(r4);
       levels<SIGNED, EIGHT>(q4, r4, low, high);
       q4 += 4 * kPanel;
       if constexpr (EIGHT) r4 += 4 * kPanel;
@@ -89,10 +98,12 @@ QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t panel, 
     if (steps_left == 0) {
       steps_left = steps_in_group;
       s = load_scale(scale, w.type);
+      prefetch(scale + kScalesAhead);
       if constexpr (EIGHT) s = mul(s, unit);
       b = mul(s, zero_lanes);
       if (offset) {
         b = add(b, load_scale(offset, w.type));
+        prefetch(offset + kScalesAhead);
         offset += kPanel;
       }
       scale += kPanel;
@@ -113,6 +124,8 @@ QSPEC_INLINE void integer_panel(const Matrix& w, const Limbs& x, int64_t panel, 
     x_scale += M * (STEP / 32);
     x_total += M * (STEP / 32);
   }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) out[m] = acc[m];
 }
 
 // Weight of column J of 8, exactly as the checkpoint had it. `s` has one significand of 8 bits, so
@@ -128,12 +141,12 @@ QSPEC_INLINE V exact_weight(I q4, I n4, I n8, V s_up, V s_high) {
   return apply_residual(fnma(level, s_high, rounded), residual<J>(n4, n8));
 }
 
+// Column J of 8 for M rows; x [M][8].
 template <int M, int J>
-QSPEC_INLINE void exact_column(I q4, I n4, I n8, V s_up, V s_high, const float* x, int64_t stride,
-                               V (*acc)[2]) {
+QSPEC_INLINE void exact_column(I q4, I n4, I n8, V s_up, V s_high, const float* x, V (*acc)[2]) {
   const V w = exact_weight<J>(q4, n4, n8, s_up, s_high);
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) acc[m][J & 1] = fma(set1(x[m * stride + J]), w, acc[m][J & 1]);
+  for (int m = 0; m < M; ++m) acc[m][J & 1] = fma(set1(x[m * 8 + J]), w, acc[m][J & 1]);
 }
 
 // Exact bf16 weights times float activations.
@@ -144,7 +157,7 @@ QSPEC_INLINE void exact_panel(const Matrix& w, const Input& in, int64_t row, int
   const uint8_t* n4 = w.r4 + panel * K * (kPanel / 2);
   const uint8_t* n8 = w.r8 + panel * K * kPanel;
   const uint16_t* scale = w.scale + panel * (K / w.group) * kPanel;
-  const float* x = in.x + row * in.x_stride;
+  const float* x = in.wide + row * K;
   V acc[M][2];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();
@@ -152,23 +165,23 @@ QSPEC_INLINE void exact_panel(const Matrix& w, const Input& in, int64_t row, int
     const V s = load_bf16(scale);
     const V s_up = mul(s, set1(65537.0f)), s_high = mul(s, set1(65536.0f));
     for (int64_t k = k0; k < k0 + w.group; k += 8) {
-      prefetch(q4 + kAhead);
-      prefetch(n4 + kAhead);
-      prefetch(n8 + kAhead);
-      prefetch(n8 + kAhead + 64);
+      prefetch(q4 + kExactAhead);
+      prefetch(n4 + kExactAhead);
+      prefetch(n8 + kExactAhead);
+      prefetch(n8 + kExactAhead + 64);
       const I q = load_i(q4), n = load_i(n4), first = load_i(n8), second = load_i(n8 + 4 * kPanel);
-      const float* xk = x + k;
-      exact_column<M, 0>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
-      exact_column<M, 1>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
-      exact_column<M, 2>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
-      exact_column<M, 3>(q, n, first, s_up, s_high, xk, in.x_stride, acc);
-      exact_column<M, 4>(q, n, second, s_up, s_high, xk, in.x_stride, acc);
-      exact_column<M, 5>(q, n, second, s_up, s_high, xk, in.x_stride, acc);
-      exact_column<M, 6>(q, n, second, s_up, s_high, xk, in.x_stride, acc);
-      exact_column<M, 7>(q, n, second, s_up, s_high, xk, in.x_stride, acc);
+      exact_column<M, 0>(q, n, first, s_up, s_high, x, acc);
+      exact_column<M, 1>(q, n, first, s_up, s_high, x, acc);
+      exact_column<M, 2>(q, n, first, s_up, s_high, x, acc);
+      exact_column<M, 3>(q, n, first, s_up, s_high, x, acc);
+      exact_column<M, 4>(q, n, second, s_up, s_high, x, acc);
+      exact_column<M, 5>(q, n, second, s_up, s_high, x, acc);
+      exact_column<M, 6>(q, n, second, s_up, s_high, x, acc);
+      exact_column<M, 7>(q, n, second, s_up, s_high, x, acc);
       q4 += 4 * kPanel;
       n4 += 4 * kPanel;
       n8 += 8 * kPanel;
+      x += 8 * M;
     }
   }
 #pragma GCC unroll 8
@@ -188,7 +201,7 @@ QSPEC_INLINE void dense_panel(const Matrix& w, const Input& in, int64_t row, int
   const int64_t K = w.num_cols, base = panel * K * kPanel;
   const float* x = in.x + row * in.x_stride;
   constexpr int64_t size = TYPE == Type::kF32 ? 4 : 2;
-  const char* ahead = static_cast<const char*>(w.dense) + base * size + kAhead;
+  const char* ahead = static_cast<const char*>(w.dense) + base * size + kExactAhead;
   V acc[M][2];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = zero();

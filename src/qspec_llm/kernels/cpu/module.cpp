@@ -228,9 +228,6 @@ NB_MODULE(_cpu, m) {
       for (int64_t i = 0; i < times; ++i) pool().barrier();
     });
   });
-  m.def("advise_huge_pages", [](Address memory, int64_t size) {
-    advise_huge_pages(pointer<void>(memory), size);
-  });
   m.def(
       "read_memory",
       [](Address memory, int64_t size) { return read_memory(pointer<const void>(memory), size); },

@@ -106,8 +106,9 @@ void op_linear(const Matrix& w, View view, const void* x, Type x_type, int64_t n
   grow(s.out, num_rows * N);
   Input& input = s.store.reserve(s.in.data(), K, num_rows, K, form, view.activation);
   const Linear linear = {{&w, bias}};
-  Queue queue;
   Pool& team = pool();
+  Shares shares;
+  shares.reset(team.size());
   team.run([&](int thread) {
     const int64_t first = num_rows * thread / team.size();
     const int64_t last = num_rows * (thread + 1) / team.size();
@@ -115,7 +116,7 @@ void op_linear(const Matrix& w, View view, const void* x, Type x_type, int64_t n
     team.barrier();
     fill_forms(k, input, form, view.activation, thread, team.size());
     team.barrier();
-    linear_stage(k, linear, input, view, is_float, team.size(), queue, s.out.data(), N, false,
+    linear_stage(k, linear, input, view, is_float, thread, team.size(), shares, s.out.data(), N, false,
                  [&](int64_t begin, int64_t end) {
                    for (int64_t row = 0; row < num_rows; ++row) {
                      const int64_t index = row * N + begin;
@@ -187,7 +188,9 @@ void op_attention(const void* query, Type type, int64_t num_heads, const Pools& 
   Pool& team = pool();
   s.attention.plan(spans, rows.positions, rows.num_rows, num_heads, pools.num_kv_heads,
                    pools.head_dim, team.size());
-  Queue attend, merge;
+  Shares attend, merge;
+  attend.reset(team.size());
+  merge.reset(team.size());
   k.widen(query, type, rows.num_rows * size, s.in.data());
   team.run([&](int thread) {
     s.attention.run(k, cache, s.in.data(), size, s.out.data(), false, team, thread, attend, merge);
@@ -198,10 +201,11 @@ void op_attention(const void* query, Type type, int64_t num_heads, const Pools& 
 int32_t read_memory(const void* memory, int64_t size) {
   constexpr int64_t kPiece = 1 << 18;
   Pool& team = pool();
-  Queue queue;
+  Shares shares;
+  shares.reset(team.size());
   std::atomic<int32_t> total{0};
-  team.run([&](int) {
-    queue.each((size + kPiece - 1) / kPiece, 1, [&](int64_t i, int64_t) {
+  team.run([&](int thread) {
+    shares.each(thread, (size + kPiece - 1) / kPiece, 1, [&](int64_t i, int64_t) {
       const int64_t left = size - i * kPiece;
       total += kernels().read(static_cast<const char*>(memory) + i * kPiece,
                               left < kPiece ? left : kPiece);

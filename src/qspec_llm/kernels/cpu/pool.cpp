@@ -9,10 +9,6 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 namespace qspec {
 namespace {
@@ -120,22 +116,6 @@ Pool& pool() {
 void set_num_threads(int num_threads) {
   wanted_threads = num_threads;
   the_pool.reset();
-}
-
-void advise_huge_pages(void* memory, int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kWorthwhile = 4 << 20;  // two large pages
-  if (size < kWorthwhile) return;
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto address = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (address + page - 1) / page * page;
-  const uintptr_t last = (address + static_cast<uintptr_t>(size)) / page * page;
-  // a refusal costs speed, nothing else
-  (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)memory;
-  (void)size;
-#endif
 }
 
 }  // namespace qspec

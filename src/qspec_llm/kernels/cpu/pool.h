@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -49,26 +50,45 @@ class Pool {
   alignas(64) std::atomic<bool> is_closing_{false};
 };
 
-// Hands out pieces of a range to whoever comes next, so that a thread that the system takes away
-// for a while does not hold up the others. One for each parallel loop between two jobs.
-struct alignas(64) Queue {
-  std::atomic<int64_t> next{0};
+// A range that the threads of a job share. Each takes its own part from end to end, so that what it
+// reads is one stream of memory; whoever is done goes on with the parts of the others, so that a
+// thread that the system takes away for a while does not hold them up. One for each parallel loop
+// between two jobs.
+class Shares {
+ public:
+  void reset(int num_threads) {
+    if (num_threads != num_threads_) taken_ = std::make_unique<Taken[]>(num_threads);
+    num_threads_ = num_threads;
+    for (int i = 0; i < num_threads; ++i) taken_[i].pieces.store(0, std::memory_order_relaxed);
+  }
 
+  // Calls work(first, last) for pieces of [0, total) until none is left.
   template <class F>
-  void each(int64_t total, int64_t piece, F&& work) {
-    for (;;) {
-      const int64_t first = next.fetch_add(piece, std::memory_order_relaxed);
-      if (first >= total) return;
-      work(first, first + piece < total ? first + piece : total);
+  void each(int thread, int64_t total, int64_t piece, F&& work) {
+    for (int i = 0; i < num_threads_; ++i) {
+      const int owner = thread + i < num_threads_ ? thread + i : thread + i - num_threads_;
+      const int64_t begin = start(owner, total), end = start(owner + 1, total);
+      for (;;) {
+        const int64_t taken = taken_[owner].pieces.fetch_add(1, std::memory_order_relaxed);
+        const int64_t first = begin + piece * taken;
+        if (first >= end) break;
+        work(first, first + piece < end ? first + piece : end);
+      }
     }
   }
+
+ private:
+  int64_t start(int thread, int64_t total) const { return total * thread / num_threads_; }
+
+  struct alignas(64) Taken {
+    std::atomic<int64_t> pieces{0};
+  };
+  std::unique_ptr<Taken[]> taken_;
+  int num_threads_ = 0;
 };
 
 // The one pool of the process; made anew after a fork and by set_num_threads.
 Pool& pool();
 void set_num_threads(int num_threads);
-
-// Ask for large pages under memory that was not written yet; does nothing where there are none.
-void advise_huge_pages(void* memory, int64_t size);
 
 }  // namespace qspec

@@ -103,7 +103,20 @@ void fill_split(const float* x, int64_t size, int64_t group, RowPlace to) {
   }
 }
 
+// The columns as they are; one row is a block as it lies.
+void fill_wide(const Input& in, int64_t first, int64_t last) {
+  for (int64_t row = 0; row < in.num_rows; ++row) {
+    const RowBlock block = row_block(in.num_rows, kMaxRows[0], row);
+    const float* x = in.x + row * in.x_stride;
+    float* to = in.wide + block.first * in.num_cols + (row - block.first) * 8;
+    for (int64_t k = first; k < last; k += 8) {
+      __builtin_memcpy(to + k * block.count, x + k, 32);
+    }
+  }
+}
+
 void fill(Input& in, Form form, Activation activation, int64_t first, int64_t last) {
+  if (form == kWide) return fill_wide(in, first, last);
   const int limbs = form == kOne ? 1 : form == kTwo ? 2 : 3;
   const Limbs& to = form == kOne ? in.one : form == kTwo ? in.two : in.three;
   const int64_t size = last - first;

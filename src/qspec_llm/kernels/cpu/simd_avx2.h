@@ -173,3 +173,7 @@ QSPEC_INLINE V reduce16(const V* rows) { return {reduce8(rows), reduce8(rows + 8
 QSPEC_INLINE void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
+// Into the second-level cache only: far ahead, where the first level has no room to wait.
+QSPEC_INLINE void prefetch_far(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}

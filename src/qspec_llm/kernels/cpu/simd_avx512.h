@@ -70,11 +70,14 @@ QSPEC_INLINE void store_bf16(uint16_t* p, V rounded) {
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(as_int(rounded), 16)));
 }
 
+struct Word {
+  int8_t bytes[4];
+};
 // acc + 4 products a lane: bytes u unsigned, the four bytes at x signed and the same in all lanes.
 QSPEC_INLINE I dot_u8(I acc, I u, const int8_t* x) {
-  int32_t word;
-  __builtin_memcpy(&word, x, 4);
-  return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(word));
+  // GCC does not fold the broadcast into the product: twice the instructions, and copies of acc
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u), "m"(*reinterpret_cast<const Word*>(x)));
+  return acc;
 }
 QSPEC_INLINE I dot_u4(I acc, I u, const int8_t* x) { return dot_u8(acc, u, x); }
 
@@ -129,4 +132,8 @@ QSPEC_INLINE V reduce16(const V* rows) {
 
 QSPEC_INLINE void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+// Into the second-level cache only: far ahead, where the first level has no room to wait.
+QSPEC_INLINE void prefetch_far(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }

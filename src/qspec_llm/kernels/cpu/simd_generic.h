@@ -158,3 +158,4 @@ QSPEC_INLINE V apply_residual(V anchor, I n) {
 QSPEC_INLINE V reduce16(const V* rows) { return each([&](int i) { return hsum(rows[i]); }); }
 
 QSPEC_INLINE void prefetch(const void*) {}
+QSPEC_INLINE void prefetch_far(const void*) {}

@@ -12,7 +12,8 @@ int num_limbs(Form form) { return form == kOne ? 1 : form == kTwo ? 2 : 3; }
 
 Form form_of(const Matrix& w, View view, bool is_float) {
   const bool is_exact = w.bits == 16 && !view.is_draft;
-  if (w.grid == Grid::kDense || is_exact) return kFloat;
+  if (w.grid == Grid::kDense) return kFloat;
+  if (is_exact) return kWide;
   if (view.is_draft && view.activation != Activation::kA16) return kOne;
   return is_float ? kThree : kTwo;
 }
@@ -47,6 +48,10 @@ Input& InputStore::reserve(const float* x, int64_t stride, int64_t num_rows, int
   input_.num_cols = num_cols;
   Limbs* limbs[3] = {&input_.one, &input_.two, &input_.three};
   const Form kinds[3] = {kOne, kTwo, kThree};
+  if (forms & kWide) {
+    if (static_cast<int64_t>(wide_.size()) < num_rows * num_cols) wide_.resize(num_rows * num_cols);
+    input_.wide = wide_.data();
+  }
   for (int i = 0; i < 3; ++i) {
     if (!(forms & kinds[i])) continue;
     reserve(*limbs[i], num_limbs(kinds[i]), num_rows, num_cols, bytes_[i], scales_[i]);
@@ -64,7 +69,7 @@ void fill_forms(const Kernels& kernels, Input& input, uint32_t forms, Activation
   const int64_t first = groups * thread / num_threads * 64;
   int64_t last = groups * (thread + 1) / num_threads * 64;
   if (last > input.num_cols) last = input.num_cols;
-  for (const Form form : {kOne, kTwo, kThree}) {
+  for (const Form form : {kOne, kTwo, kThree, kWide}) {
     if (forms & form) kernels.fill(input, form, activation, first, last);
   }
 }
@@ -151,9 +156,9 @@ void Attention::prompt_item(const Kernels& kernels, const Cache& cache, const It
 }
 
 void Attention::run(const Kernels& kernels, const Cache& cache, const float* query, int64_t stride,
-                    float* out, bool round, Pool& pool, int thread, Queue& attend, Queue& merge) {
+                    float* out, bool round, Pool& pool, int thread, Shares& attend, Shares& merge) {
   const auto num_items = static_cast<int64_t>(items_.size());
-  attend.each(num_items, 1, [&](int64_t i, int64_t) {
+  attend.each(thread, num_items, 1, [&](int64_t i, int64_t) {
     const Item& item = items_[i];
     if (is_split_) {
       attend_item(kernels, cache, item, query, stride, item.first_part, partials(item.first_part));
@@ -163,7 +168,7 @@ void Attention::run(const Kernels& kernels, const Cache& cache, const float* que
   });
   if (!is_split_) return;
   pool.barrier();
-  merge.each(num_rows_ * num_heads_, 4, [&](int64_t first, int64_t last) {
+  merge.each(thread, num_rows_ * num_heads_, 4, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       Partial& total = partials(0)[i];
       const int64_t last_part = positions_[i / num_heads_] / kKeys;

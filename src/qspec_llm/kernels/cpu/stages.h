@@ -31,7 +31,7 @@ class InputStore {
                       std::vector<int8_t>& bytes, std::vector<float>& scales);
   Input input_{};
   std::vector<int8_t> bytes_[3];
-  std::vector<float> scales_[3];
+  std::vector<float> scales_[3], wide_;
 };
 
 // Fill forms of an input; `thread` takes its share of the columns.
@@ -42,13 +42,13 @@ void fill_forms(const Kernels& kernels, Input& input, uint32_t forms, Activation
 // each range of columns as soon as it is there.
 template <class After>
 void linear_stage(const Kernels& kernels, const Linear& linear, const Input& input, View view,
-                  bool is_float, int num_threads, Queue& queue, float* out, int64_t ld, bool round,
+                  bool is_float, int thread, int num_threads, Shares& shares, float* out, int64_t ld, bool round,
                   After&& after) {
   int64_t total = 0;
   for (const Part& part : linear) total += part.weight->num_panels;
   int64_t piece = total / (num_threads * 8);
   piece = piece < 1 ? 1 : piece > 16 ? 16 : piece;
-  queue.each(total, piece, [&](int64_t first, int64_t last) {
+  shares.each(thread, total, piece, [&](int64_t first, int64_t last) {
     int64_t panel = 0, column = 0;  // where the part begins
     for (const Part& part : linear) {
       const Matrix& w = *part.weight;
@@ -82,7 +82,7 @@ class Attention {
 
   // out [rows, heads * D] from queries [rows, stride]. Waits for the other threads inside.
   void run(const Kernels& kernels, const Cache& cache, const float* query, int64_t stride, float* out,
-           bool round, Pool& pool, int thread, Queue& attend, Queue& merge);
+           bool round, Pool& pool, int thread, Shares& attend, Shares& merge);
 
  private:
   struct Item {

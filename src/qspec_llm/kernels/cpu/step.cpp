@@ -11,7 +11,7 @@ constexpr int64_t kMostRows = 256;
 // Up to this many rows every thread prepares the input of a linear for itself: cheaper than waiting
 // for each other once more.
 constexpr int64_t kOwnRows = 2;
-constexpr int kQueuesPerLayer = 6;
+constexpr int kLoopsPerLayer = 6;
 
 void grow(std::vector<float>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
@@ -126,9 +126,9 @@ void Step::reserve(int64_t num_rows) {
                                     view_.activation);
     }
   }
-  const size_t num_queues = layers_.size() * kQueuesPerLayer + 1;
-  if (!queues_) queues_ = std::make_unique<Queue[]>(num_queues);
-  for (size_t i = 0; i < num_queues; ++i) queues_[i].next.store(0, std::memory_order_relaxed);
+  const size_t num_loops = layers_.size() * kLoopsPerLayer + 1;
+  if (loops_.empty()) loops_ = std::vector<Shares>(num_loops);
+  for (Shares& loop : loops_) loop.reset(pool_->size());
 }
 
 void Step::run_rows(const int64_t* tokens, const RowTable& rows, int64_t first, int64_t last) {
@@ -193,12 +193,12 @@ void Step::run_layer(int thread, size_t index) {
   const Layer& layer = layers_[index];
   const Pools& pools = pools_[index];
   const bool is_float = sizes_.is_float;
-  Queue* queue = queues_.get() + index * kQueuesPerLayer;
+  Shares* loop = loops_.data() + index * kLoopsPerLayer;
   const int64_t width = (sizes_.num_heads + 2 * sizes_.num_kv_heads) * sizes_.head_dim;
 
   const Input& input = ready(thread, kQkv, forms_of(layer.qkv, view_, is_float), layer.input_norm);
-  linear_stage(*kernels_, layer.qkv, input, view_, is_float, pool_->size(), queue[0], qkv_.data(),
-               width, !is_float, [](int64_t, int64_t) {});
+  linear_stage(*kernels_, layer.qkv, input, view_, is_float, thread, pool_->size(), loop[0],
+               qkv_.data(), width, !is_float, [](int64_t, int64_t) {});
   pool_->barrier();
 
   const int64_t num_places = num_rows_ * sizes_.num_kv_heads, num_threads = pool_->size();
@@ -211,16 +211,16 @@ void Step::run_layer(int thread, size_t index) {
   const Cache cache{pools.keys, pools.values, pools.type, pools.num_kv_heads, pools.head_dim,
                     pools.block_size};
   attention_.run(*kernels_, cache, qkv_.data(), width, attended_.data(), !is_float, *pool_, thread,
-                 queue[1], queue[2]);
+                 loop[1], loop[2]);
   pool_->barrier();
 
   add_output(thread, layer.output,
-             ready(thread, kOutput, forms_of(layer.output, view_, is_float), nullptr), queue[3]);
+             ready(thread, kOutput, forms_of(layer.output, view_, is_float), nullptr), loop[3]);
   gate_up(layer.gate_up,
           ready(thread, kGateUp, forms_of(layer.gate_up, view_, is_float), layer.post_norm), thread,
-          queue[4]);
+          loop[4]);
   add_output(thread, layer.down,
-             ready(thread, kDown, forms_of(layer.down, view_, is_float), nullptr), queue[5]);
+             ready(thread, kDown, forms_of(layer.down, view_, is_float), nullptr), loop[5]);
 }
 
 // Rotate the query heads of one KV head and its key, and write K and V to the cache.
@@ -247,11 +247,11 @@ void Step::place(const Layer& layer, const Pools& pools, int64_t row, int64_t kv
 }
 
 // x += linear(input), and wait for it.
-void Step::add_output(int, const Linear& linear, const Input& input, Queue& queue) {
+void Step::add_output(int thread, const Linear& linear, const Input& input, Shares& loop) {
   const int64_t hidden = sizes_.hidden;
   const bool round = !sizes_.is_float;
-  linear_stage(*kernels_, linear, input, view_, sizes_.is_float, pool_->size(), queue, sum_.data(),
-               hidden, round, [&](int64_t first, int64_t last) {
+  linear_stage(*kernels_, linear, input, view_, sizes_.is_float, thread, pool_->size(), loop,
+               sum_.data(), hidden, round, [&](int64_t first, int64_t last) {
                  for (int64_t row = 0; row < num_rows_; ++row) {
                    const int64_t at = row * hidden + first;
                    kernels_->add(x_.data() + at, sum_.data() + at, last - first, round);
@@ -262,7 +262,7 @@ void Step::add_output(int, const Linear& linear, const Input& input, Queue& queu
 
 // activated = silu(gate) * up, and wait for it. Where gate and up are cut into panels alike, whoever
 // computes columns of one computes those of the other and goes on.
-void Step::gate_up(const Linear& linear, const Input& input, int thread, Queue& queue) {
+void Step::gate_up(const Linear& linear, const Input& input, int thread, Shares& loop) {
   const int64_t size = sizes_.intermediate, num_panels = size / kPanel;
   const bool round = !sizes_.is_float;
   const int num_threads = pool_->size();
@@ -275,8 +275,9 @@ void Step::gate_up(const Linear& linear, const Input& input, int thread, Queue& 
   const bool is_paired = linear.size() == 2 && linear[0].weight->num_rows == size;
   if (size % kPanel == 0 && (is_whole || is_paired)) {
     const Part &gate = linear.front(), &up = linear.back();
-    const int64_t shift = is_whole ? num_panels : 0, piece = num_panels / (num_threads * 8);
-    queue.each(num_panels, piece < 1 ? 1 : piece > 8 ? 8 : piece, [&](int64_t first, int64_t last) {
+    const int64_t shift = is_whole ? num_panels : 0, share = num_panels / (num_threads * 8);
+    const int64_t piece = share < 1 ? 1 : share > 8 ? 8 : share;
+    loop.each(thread, num_panels, piece, [&](int64_t first, int64_t last) {
       kernels_->linear(*gate.weight, input, view_, form_of(*gate.weight, view_, sizes_.is_float),
                        first, last, gate_up_.data(), 2 * size, gate.bias, round);
       kernels_->linear(*up.weight, input, view_, form_of(*up.weight, view_, sizes_.is_float),
@@ -285,7 +286,7 @@ void Step::gate_up(const Linear& linear, const Input& input, int thread, Queue& 
       for (int64_t row = 0; row < num_rows_; ++row) activate(row, first * kPanel, last * kPanel);
     });
   } else {
-    linear_stage(*kernels_, linear, input, view_, sizes_.is_float, num_threads, queue,
+    linear_stage(*kernels_, linear, input, view_, sizes_.is_float, thread, num_threads, loop,
                  gate_up_.data(), 2 * size, round, [](int64_t, int64_t) {});
     pool_->barrier();
     for (int64_t row = 0; row < num_rows_; ++row) {
@@ -298,11 +299,11 @@ void Step::gate_up(const Linear& linear, const Input& input, int thread, Queue& 
 void Step::run_head(int64_t num_logits, float* logits) {
   reserve(num_logits);
   const uint32_t forms = forms_of(head_, view_, sizes_.is_float);
-  Queue& queue = queues_[layers_.size() * kQueuesPerLayer];
+  Shares& loop = loops_[layers_.size() * kLoopsPerLayer];
   pool_->run([&](int thread) {
     const Input& input = ready(thread, kHead, forms, final_norm_);
-    linear_stage(*kernels_, head_, input, view_, sizes_.is_float, pool_->size(), queue, logits,
-                 sizes_.vocabulary, false, [](int64_t, int64_t) {});
+    linear_stage(*kernels_, head_, input, view_, sizes_.is_float, thread, pool_->size(), loop,
+                 logits, sizes_.vocabulary, false, [](int64_t, int64_t) {});
   });
 }
 

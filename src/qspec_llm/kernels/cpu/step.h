@@ -42,13 +42,12 @@ class Step {
   void run_rows(const int64_t* tokens, const RowTable& rows, int64_t first, int64_t last);
   void run_head(int64_t num_logits, float* logits);
   void reserve(int64_t num_rows);
-  void reset_queues();
   const Input& ready(int thread, Stage stage, uint32_t forms, const float* norm);
   void run_layer(int thread, size_t index);
   void embed(const int64_t* tokens, int64_t first, int64_t last);
   void place(const Layer& layer, const Pools& pools, int64_t row, int64_t kv_head);
-  void add_output(int thread, const Linear& linear, const Input& input, Queue& queue);
-  void gate_up(const Linear& linear, const Input& input, int thread, Queue& queue);
+  void add_output(int thread, const Linear& linear, const Input& input, Shares& loop);
+  void gate_up(const Linear& linear, const Input& input, int thread, Shares& loop);
 
   const Sizes sizes_;
   const Matrix* embedding_;
@@ -70,7 +69,7 @@ class Step {
   std::vector<float> x_, qkv_, attended_, sum_, gate_up_, activated_, wanted_;
   std::vector<std::vector<float>> normed_;      // one a thread
   std::vector<std::vector<InputStore>> inputs_;  // [threads][stages]
-  std::unique_ptr<Queue[]> queues_;
+  std::vector<Shares> loops_;  // one for each parallel loop of a step
   Attention attention_;
 };
 

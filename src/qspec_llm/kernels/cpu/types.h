@@ -42,6 +42,7 @@ enum Form : uint32_t {
   kOne = 2,    // a8 or a4: one signed byte a value
   kTwo = 4,    // 16 bits a value, as two signed bytes: bf16 activations
   kThree = 8,  // 23 bits, as three: float32 activations
+  kWide = 16,  // x itself, rows interleaved in blocks like the integers
 };
 
 // Integers of one Form: x = (256^2 limb 0 + 256 limb 1 + limb 2) * scale for three limbs, most
@@ -60,6 +61,7 @@ struct Input {
   const float* x;  // [rows, K]
   int64_t x_stride;
   Limbs one, two, three;
+  float* wide;  // blocks of M rows that go through a kernel together: [K/8][M][8]
 };
 
 // K and V of one layer, [slots, KV heads, D].
