@@ -5,6 +5,7 @@ by `weights.planes`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from helpers_weights import FORMS, assert_same_stored
 from qspec_llm.kernels import reference
+from qspec_llm.kernels.cuda import check, layout, linear
 from qspec_llm.kernels.cuda import compile as nvrtc
-from qspec_llm.kernels.cuda import layout, linear
 from qspec_llm.weights.planes import (
     Dense,
     Planes,
+    PlaneSpec,
     Stored,
     draft_weight,
     verify_bits,
@@ -144,12 +146,12 @@ def test_no_gpu_is_one_sentence() -> None:
 @pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
 def test_the_cut_keeps_every_multiprocessor_busy(shape: tuple[int, int]) -> None:
     tiles = shape[0] // 16, shape[1] // 128
-    cut = linear.plan(*tiles, 132, True)
+    cut = linear.plan(*tiles, 1056, 132, True)
     blocks = -(-tiles[0] // cut.panels)
     assert blocks * cut.splits <= 132
     assert blocks * cut.panels < 1.1 * tiles[0]
     assert cut.panels * tiles[1] / cut.splits < 1.4 * tiles[0] * tiles[1] / 132
-    few = linear.plan(*tiles, 132, True, most=12)
+    few = linear.plan(*tiles, 1056, 132, True, most=12)
     assert few.splits == cut.splits  # the order of sums
     assert few.panels <= 12
 
@@ -310,3 +312,48 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         linear.linear(linear.quantize(x, Activation.A8), packed, None, VERIFY, rows)
     with refused("torch.float16"):
         linear.linear(x, packed, None, VERIFY, rows, torch.float16)
+
+
+def test_the_self_check_draws_what_the_format_allows() -> None:
+    """Weights around the anchor and exact zeros, and the packed form gives back every plane."""
+    spec = linear_spec("signed16")
+    planes = check.some_planes(spec)
+    weight = verify_weight(planes)
+    assert torch.isfinite(weight).all()
+    assert 0.05 < float((weight == 0).float().mean()) < 0.2
+    assert_same_stored(layout.unpack(layout.pack(planes, "cpu")), planes)
+
+
+def linear_spec(form: str) -> PlaneSpec:
+    return PlaneSpec(check.ROWS, check.COLS, group=64, **FORMS[form])
+
+
+@gpu
+def test_the_self_check_passes_here() -> None:
+    specs = [linear_spec(form) for form in FORMS]
+    check.check([None, *specs], [draft_view(a) for a in Activation])
+
+
+@gpu
+def test_the_self_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, out: Tensor, **more: Any) -> Tensor:
+        linear.linear(*args, out=out, **more)
+        out[0, 3] += out.norm()
+        return out
+
+    check._check_form.cache_clear()
+    monkeypatch.setattr(check, "linear", wrong)
+    with refused("self-check", "16-bit", "cpu"):
+        check.check([linear_spec("signed16")], [])
+    check._check_form.cache_clear()
+
+
+def test_a_scale_too_small_to_decode_in_pairs_is_refused() -> None:
+    stored = random_stored("signed16", 16, 128)
+    assert isinstance(stored, Planes)
+    tiny = replace(stored, scale=torch.full_like(stored.scale, 2.0**-100))
+    with refused("2^-97"):
+        layout.pack(tiny, "cpu")
+    nothing = {"r4": torch.zeros_like(stored.q4), "r8": torch.zeros(16, 128, dtype=torch.uint8)}
+    zeros = replace(tiny, **nothing)
+    assert_same_stored(layout.unpack(layout.pack(zeros, "cpu")), zeros)

@@ -298,3 +298,17 @@ def test_without_drafts_it_is_a_plain_draw():
     empty = torch.empty(0, dtype=torch.int64)
     draw = torch.tensor([0.96], dtype=torch.float64)
     assert accept_sampled(empty, PEAKED[None][:0], PEAKED[None], draw[:0], draw) == (0, 2)
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.3, 0.9, 0.9999])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_a_stable_sort(top_p, spread):
+    """Few levels, so that many probabilities are equal, at the boundary too; 0.0: all of them."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randint(-6, 1, (3, 3000), generator=generator) * spread
+    probs = torch.softmax(logits.float(), -1)
+    ranked, order = (probs / probs.sum(-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
+    is_out = ranked.cumsum(-1) - ranked >= top_p
+    expected = torch.zeros_like(is_out).scatter(-1, order, ~is_out)
+    kept = probabilities(logits.float(), SamplingParams(temperature=1, top_p=top_p)) > 0
+    assert torch.equal(kept, expected)

@@ -4,6 +4,7 @@ The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Draft and veri
 the same functions, so both distributions have the same support rules.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
 
 __all__ = ["adjust", "argmax", "pick", "probabilities"]
+
+FIRST_RANKED = 128  # tokens that top-p ranks at first
 
 
 def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
@@ -45,14 +48,16 @@ def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
 def _penalise(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
     """Penalties on one row [vocabulary], in the order of vLLM."""
     params = request.params
-    output = torch.tensor([*request.output, *drafted], dtype=torch.int64)
-    counts = torch.bincount(output, minlength=logits.shape[0])
-    is_seen = counts > 0
-    is_seen[torch.tensor(request.prompt)] = True
-    factor = torch.where(logits > 0, 1 / params.repetition_penalty, params.repetition_penalty)
-    logits = torch.where(is_seen, logits * factor, logits)
-    logits = logits - params.frequency_penalty * counts
-    return logits - params.presence_penalty * (counts > 0)
+    counts = Counter(dict.fromkeys(request.prompt, 0))
+    counts.update(request.output)
+    counts.update(drafted)
+    # only what was seen changes: a few hundred tokens, not the vocabulary
+    seen = torch.tensor(list(counts), device=logits.device)
+    times = torch.tensor(list(counts.values()), device=logits.device)
+    values = logits[seen]
+    factor = torch.where(values > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+    values = values * factor - params.frequency_penalty * times
+    return logits.index_put((seen,), values - params.presence_penalty * (times > 0))
 
 
 def argmax(logits: Tensor) -> list[int]:
@@ -75,11 +80,31 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
         probs = probs.masked_fill(probs < smallest, 0)
     if params.top_p < 1:
         probs = probs / probs.sum(-1, keepdim=True)
-        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-        # a token stays if those before it have not reached top_p yet
-        is_out = ranked.cumsum(-1) - ranked >= params.top_p
-        probs = probs.masked_fill(torch.zeros_like(is_out).scatter(-1, order, is_out), 0)
+        probs = probs.masked_fill(~_nucleus(probs, params.top_p), 0)
     return probs / probs.sum(-1, keepdim=True)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Which tokens stay: most likely first, equal ones by index, until top_p is reached.
+
+    Args:
+        probs: [L, V], each row of sum 1.
+
+    Returns:
+        [L, V] bool.
+    """
+    size, most = FIRST_RANKED, probs.shape[-1]
+    while True:  # ranking the whole vocabulary takes longer than a small model's step
+        ranked = probs.topk(min(size, most), dim=-1).values
+        before = ranked.cumsum(-1) - ranked
+        if size >= most or bool((before[:, -1] >= top_p).all()):
+            break
+        size *= 8
+    is_in = before < top_p
+    smallest = ranked.gather(-1, is_in.sum(-1, keepdim=True) - 1)
+    num_equal = (is_in & (ranked == smallest)).sum(-1, keepdim=True)
+    is_equal = probs == smallest
+    return (probs > smallest) | (is_equal & (is_equal.cumsum(-1) <= num_equal))
 
 
 def pick(probs: Tensor, draws: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from qspec_llm.weights.pack import pack_nibbles, unpack_nibbles
 from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored
 
 __all__ = [
+    "DENSE_BYTES",
     "TILE_COLS",
     "TILE_ROWS",
     "PackedDense",
@@ -36,6 +37,7 @@ __all__ = [
     "PackedPlain",
     "PackedPlanes",
     "pack",
+    "tile_bytes",
     "unpack",
 ]
 

@@ -38,9 +38,11 @@ from qspec_llm.weights.view import VERIFY, Activation, View
 __all__ = [
     "MAX_TOKENS",
     "PROMPT_TILE",
+    "Form",
     "Plan",
     "Quantized",
     "Tuning",
+    "activation_group",
     "buffers",
     "can_run",
     "decoded",
@@ -206,41 +208,52 @@ class Plan:
 # Share of the multiprocessors that clusters of a size can fill: a cluster stays within one part of
 # the chip, and the parts of an H200 are no multiples of 4 (cuOccupancyMaxActiveClusters).
 CLUSTER_SHARE = {1: 1.0, 2: 1.0, 4: 120 / 132, 8: 120 / 132}
-MOST_PANELS = 16
-STAGE_BYTES = 60 << 10  # of weights: three stages must fit beside x
+MOST_PANELS = 28  # of a block: one a warp, and one warp that feeds
+STAGE_BYTES = 60 << 10  # of weights: three stages must fit
+
+
+def _slots(multiprocessors: int, splits: int) -> int:
+    """Clusters of that size that run at once, one block to a multiprocessor."""
+    return max(1, int(multiprocessors * CLUSTER_SHARE[splits]) // splits)
 
 
 @functools.cache
 def plan(
     num_row_tiles: int,
     num_col_tiles: int,
+    tile: int,
     multiprocessors: int,
     has_clusters: bool,
     most: int = MOST_PANELS,
 ) -> Plan:
-    """The cut with which the busiest multiprocessor has least to do.
+    """The cut with which the busiest multiprocessor is done first.
 
-    A column of a block costs its panels and three more for x, so large blocks win among equals; a
-    range costs its part of a cluster's exchange, a tenth of a column.
+    A column of a block takes as long as its panels and three more for x, and at least as long as
+    one warp takes for one tile, about 16 panels' share of a multiprocessor. A range costs its part
+    of a cluster's exchange as well, a tenth of a column.
 
     Args:
         num_row_tiles: tiles of 16 rows.
         num_col_tiles: tiles of 128 columns.
+        tile: bytes of a tile in this view.
         multiprocessors: of the device.
         has_clusters: whether blocks can write into each other's shared memory.
         most: most panels a block; only the panels depend on it.
     """
+    widest = min(MOST_PANELS, STAGE_BYTES // tile // 2 * 2)
 
-    def work(panels: int, splits: int) -> float:
-        slots = max(1, int(multiprocessors * CLUSTER_SHARE[splits]) // splits)
-        turns = math.ceil(math.ceil(num_row_tiles / panels) / slots)
-        return turns * (panels + 3) * (math.ceil(num_col_tiles / splits) + 0.1 * splits)
+    def turns(panels: int, splits: int) -> int:
+        return math.ceil(math.ceil(num_row_tiles / panels) / _slots(multiprocessors, splits))
 
-    widths = range(MOST_PANELS, 0, -2)
+    def cost(panels: int, splits: int) -> float:
+        cols = math.ceil(num_col_tiles / splits) + 0.1 * splits
+        return turns(panels, splits) * (max(panels, min(widest, 16)) + 3) * cols
+
     choices = [s for s in ((1, 2, 4, 8) if has_clusters else (1,)) if s <= num_col_tiles]
-    splits = min(choices, key=lambda s: min(work(panels, s) for panels in widths))
+    widths = range(widest, 0, -2)
+    splits = min(choices, key=lambda s: min(cost(panels, s) for panels in widths))
     fitting = [panels for panels in widths if panels <= most]
-    return Plan(min(fitting, key=lambda panels: work(panels, splits)), splits)
+    return Plan(min(fitting, key=lambda panels: turns(panels, splits) * (panels + 3)), splits)
 
 
 @dataclass(frozen=True)
@@ -263,11 +276,10 @@ class Tuning:
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
-    """The measured best (docs/gpu-notes.md): long stages for few tokens, registers for many."""
+    """The measured best (docs/gpu-notes.md)."""
     if token_tiles >= 4:
-        return Tuning(panels=1, cols=1, most=14)
-    stage = 14 * (form.base_bytes + form.rest_bytes)
-    return Tuning(panels=1, cols=next(c for c in (4, 2, 1) if c * stage <= STAGE_BYTES or c == 1))
+        return Tuning(panels=2, cols=1)
+    return Tuning(panels=1, cols=1 if form.rest_bytes or form.bits == 0 else 2)
 
 
 def _token_tiles(num_tokens: int) -> int:
@@ -326,7 +338,7 @@ def _instance(
     if not has_engine:
         tuned = Tuning(panels=2, cols=1, most=16)
     tile = form.base_bytes + form.rest_bytes
-    cut = plan(row_tiles, col_tiles, multiprocessors, has_engine, tuned.most)
+    cut = plan(row_tiles, col_tiles, tile, multiprocessors, has_engine, tuned.most)
     tokens = token_tiles * 8
     consumers = math.ceil(cut.panels / tuned.panels)
     x_bytes = tokens * (128 if form.act == 8 else 256)
@@ -340,7 +352,7 @@ def _instance(
         room = min(room, SMEM_PER_SM // tuned.blocks - 1024)
     room -= 1024 + BARRIER_BYTES + parts
     num_blocks = math.ceil(row_tiles / cut.panels)
-    slots = max(1, int(multiprocessors * CLUSTER_SHARE[cut.splits]) // cut.splits)
+    slots = _slots(multiprocessors, cut.splits) * tuned.blocks
     steps = math.ceil(math.ceil(col_tiles / cut.splits) / tuned.cols)
     num_stages = min(room // (stage + weights), tuned.stages, steps * math.ceil(num_blocks / slots))
     num_stages = max(num_stages, 1)
@@ -557,7 +569,7 @@ def _ahead(ahead: tuple[PackedMatrix, View] | None) -> _Ahead:
     form = _form(weight.spec if isinstance(weight, PackedPlanes) else None, view, 64)
     row_tiles, col_tiles = weight.base.shape[:2]
     tile = form.base_bytes + form.rest_bytes
-    cut = plan(row_tiles, col_tiles, num_multiprocessors(device), True)
+    cut = plan(row_tiles, col_tiles, tile, num_multiprocessors(device), True)
     bytes_a_depth = row_tiles * cut.splits * tile
     depth = min(AHEAD_BYTES // bytes_a_depth, col_tiles // cut.splits)
     rest = weight.rest if isinstance(weight, PackedPlanes) and form.rest_bytes else None

@@ -1,0 +1,119 @@
+"""A numeric self-check: every kernel that a model will use, once, against float64, before serving.
+
+A driver, a compiler or a chip that computes something else is refused with a sentence instead of
+answering wrongly. The matrices are tiny; what costs time is compiling, which the first forward pass
+would do anyway. Tests in tests/kernels/test_cuda.py go further.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qspec_llm.errors import QSpecError
+from qspec_llm.kernels import Rows, reference
+from qspec_llm.kernels.cuda.layout import pack
+from qspec_llm.kernels.cuda.linear import embed, linear
+from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored, draft_weight, verify_weight
+from qspec_llm.weights.view import VERIFY, View
+
+__all__ = ["check", "some_planes"]
+
+ROWS, COLS = 80, 1024  # five panels, and columns enough for a cluster to share
+COUNTS = (1, 16, 24, 40, 72)  # one of every width of instance
+LARGEST_ERROR = 1e-4  # norm-relative, of float32 sums
+LARGEST_ROUNDED = 4e-3  # the same, with weights rounded to bf16
+
+
+def check(specs: Iterable[PlaneSpec | None], views: Iterable[View]) -> None:
+    """Run every kernel that these tensors need in these views, and compare.
+
+    Args:
+        specs: of the model's tensors; None stands for a dense bf16 one. Sizes do not matter.
+        views: what the engine will read besides `VERIFY`.
+
+    Raises:
+        QSpecError: a kernel computed something else.
+    """
+    forms = {
+        None if spec is None else replace(spec, num_rows=ROWS, num_cols=COLS) for spec in specs
+    }
+    device = torch.cuda.current_device()
+    for form in forms:
+        for view in {VERIFY, *views}:
+            _check_form(form, view, device)
+
+
+@functools.cache
+def _check_form(spec: PlaneSpec | None, view: View, device: int) -> None:
+    stored = some_planes(spec) if spec is not None else _some_dense()
+    packed = pack(stored, torch.device("cuda", device))
+    name = "a dense tensor" if spec is None else f"a {spec.bits}-bit {spec.grid} tensor"
+    weight = _weight(stored, view)
+    for is_prompt in (False, True):
+        for count in COUNTS[-1:] if is_prompt else COUNTS:
+            generator = torch.Generator().manual_seed(count)
+            x = torch.randn(count, COLS, generator=generator).bfloat16()
+            wide = x.float()
+            if view.is_draft and spec is not None:
+                wide = reference.round_activations(wide, view.activation)
+            out = torch.full((count, ROWS), torch.nan, device=packed.tensors()[0].device)
+            linear(x.to(out.device), packed, None, view, _rows(is_prompt), torch.float32, out=out)
+            limit = LARGEST_ROUNDED if is_prompt else LARGEST_ERROR
+            _compare(
+                out, wide.double() @ weight.t(), limit, f"{name}, {view.activation}, {count} rows"
+            )
+    if not view.is_draft:
+        tokens = torch.arange(ROWS, device=packed.tensors()[0].device)
+        _compare(embed(tokens, packed, torch.float32), weight, 1e-6, f"the look-up in {name}")
+
+
+def _compare(out: Tensor, expected: Tensor, limit: float, what: str) -> None:
+    error = float((out.cpu().double() - expected).norm() / expected.norm())
+    if not error <= limit:  # NaN is no number that passes
+        raise QSpecError(
+            f"the cuda backend's self-check failed on {torch.cuda.get_device_name()} for {what}: a "
+            f"relative error of {error:.2g} where {limit:.0e} is allowed; use backend 'cpu' and "
+            "report the versions of the driver and of qspec-llm"
+        )
+
+
+def _weight(stored: Stored, view: View) -> Tensor:
+    if isinstance(stored, Dense):
+        return stored.weight.double()
+    return (draft_weight(stored) if view.is_draft else verify_weight(stored)).double()
+
+
+def _some_dense() -> Dense:
+    generator = torch.Generator().manual_seed(0)
+    return Dense(torch.randn(ROWS, COLS, generator=generator).bfloat16(), "a self-check")
+
+
+def some_planes(spec: PlaneSpec) -> Planes:
+    """Planes of a spec with equally likely codes; 16-bit weights are finite, a tenth are zeros."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (shape, dtype) in spec.shapes().items():
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, shape, dtype=dtype, generator=generator)
+        else:
+            tensors[name] = (torch.rand(shape, generator=generator) * 0.02 + 0.005).to(dtype)
+    if spec.bits == 16:
+        # r4 = 12 or 13: residuals within an octave of the anchor. Zeros come in pairs of columns
+        # that share a byte of r4.
+        low, high = tensors["r4"] & 0x01, tensors["r4"] & 0x10
+        is_zero = torch.rand(spec.num_rows, spec.num_cols // 2, generator=generator) < 0.1
+        tensors["r4"] = (low | high | 0xCC).masked_fill(is_zero, 0)
+        halves = is_zero.view(spec.num_rows, spec.num_groups, 1, spec.group // 2)
+        both = halves.expand(-1, -1, 2, -1).reshape(spec.num_rows, spec.num_cols)
+        tensors["r8"] = tensors["r8"].masked_fill(both, 0)
+    if "offset" in tensors:
+        tensors["offset"] = tensors["offset"] * -8
+    return Planes.from_tensors(spec, tensors)
+
+
+def _rows(is_prompt: bool) -> Rows:
+    some = torch.zeros(1, dtype=torch.int64)
+    return Rows(some, some, some, some, some, is_prompt=is_prompt)
