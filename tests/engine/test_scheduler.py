@@ -1,6 +1,7 @@
 """Who runs when, and that nobody's tokens or blocks suffer for it."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -29,11 +30,11 @@ def make(**options) -> tuple[Engine, FakeRunner]:
 
 
 def running(engine: Engine) -> list[int]:
-    return [request.request_id for request in engine._scheduler.running]
+    return [request.request_id for request in engine.scheduler.running]
 
 
 def waiting(engine: Engine) -> list[int]:
-    return [request.request_id for request in engine._scheduler.waiting]
+    return [request.request_id for request in engine.scheduler.waiting]
 
 
 def alone(prompt, params, gamma: int = 0) -> list[int]:
@@ -45,14 +46,16 @@ def alone(prompt, params, gamma: int = 0) -> list[int]:
 
 def check(engine: Engine) -> None:
     """What holds between any two steps."""
-    scheduler, blocks = engine._scheduler, blocks_of(engine)
-    held = [block for request in scheduler.running for block in request.blocks]
-    assert len(set(held)) == len(held)
+    scheduler, blocks = engine.scheduler, blocks_of(engine)
+    held = Counter(block for request in scheduler.running for block in request.blocks)
     assert len(held) + blocks.num_free == blocks.num_blocks
+    assert all(blocks.count(block) == number for block, number in held.items())
     for request in scheduler.running:
         assert not request.is_finished
         assert 0 <= request.committed < request.num_tokens <= request.max_total
         assert blocks_for(request.committed) <= len(request.blocks)
+        # what may still be written belongs to one request alone
+        assert all(held[block] == 1 for block in request.blocks[request.committed // BLOCK_SIZE :])
     for request in scheduler.waiting:
         assert not request.is_finished
         assert (request.blocks, request.committed) == ([], 0)

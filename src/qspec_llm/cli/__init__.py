@@ -123,7 +123,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--prompt-file", required=True, metavar="FILE", help="JSON Lines of prompts"
     )
     decode.add_argument("--max-tokens", type=int, default=64, metavar="N")
-    decode.add_argument("--gamma", type=int, default=2, metavar="N")
+    decode.add_argument("--gamma", type=_gamma, default=2, metavar="N")
     decode.add_argument("--max-batch", type=int, default=1, metavar="N")
 
     for parser in (steps, decode):
@@ -174,9 +174,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gamma",
-        type=int,
+        type=_gamma,
         metavar="N",
-        help="tokens drafted in each cycle, 0 to decode plainly (default: 2 for bf16, else 0)",
+        help="tokens drafted in each cycle, 0 to decode plainly, auto for whatever pays best "
+        "at the moment (default: 2 for bf16, else 0)",
     )
     _add_machine_options(parser)
     parser.add_argument(
@@ -217,6 +218,11 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
     parser.add_argument("--seed", type=int, metavar="S", help="same seed, same text")
+
+
+def _gamma(text: str) -> int | str:
+    """A number, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 from qspec_llm.bench import decode, kernels, shapes, steps
 from qspec_llm.cli.common import progress_bar, read_prompt_file
 from qspec_llm.config import EngineConfig
+from qspec_llm.engine.engine import Gamma
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
@@ -208,7 +209,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _show_decode(target: str, gamma: int, result: decode.TargetResult) -> None:
+def _show_decode(target: str, gamma: Gamma, result: decode.TargetResult) -> None:
     verdict = "identical" if result.identical else "NOT IDENTICAL"
     rate = "none" if result.acceptance_rate is None else f"{result.acceptance_rate:.3f}"
     print(

@@ -1,7 +1,7 @@
 """From logits to the distribution a token is drawn from, and the draw. Pure functions of tensors.
 
-The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Draft and verify logits go through
-the same functions, so both distributions have the same support rules.
+The order is vLLM's: penalties, bias, temperature, min-p, top-k, top-p. Draft and verify logits go
+through the same functions, so both distributions have the same support rules.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ FIRST_RANKED = 128  # tokens that top-p ranks at first
 
 
 def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
-    """Apply penalties and min_tokens to the logits of consecutive positions of one request.
+    """Apply penalties, bias and min_tokens to the logits of consecutive positions of one request.
 
     Args:
         logits: [L, vocabulary]; the last row decides the token after all of `drafted`, each row
@@ -37,6 +37,9 @@ def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
         logits = torch.stack(
             [_penalise(row, request, drafts) for row, drafts in zip(logits, histories, strict=True)]
         )
+    if params.logit_bias:
+        logits = logits.clone()
+        logits[:, list(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
     short = [len(request.output) + len(drafts) < params.min_tokens for drafts in histories]
     if any(short) and request.stop_ids:
         logits = logits.clone()
