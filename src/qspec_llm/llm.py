@@ -160,6 +160,11 @@ class LLM:
         """Bytes that one token takes in the KV cache."""
         return kv_bytes_per_token(self.model_config, self.decoder.dtype)
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._num_blocks * BLOCK_SIZE
+
     def step_costs(self) -> StepCosts:
         """What steps cost here: read from disk, or measured (for some 20 seconds) and kept there.
 

@@ -1,4 +1,4 @@
-"""The command line: `qspec generate | chat | inspect | collect-env`.
+"""The command line: `qspec generate | chat | serve | inspect | bench | collect-env`.
 
 Parses options and reports errors; each command is a module that is imported when it is used.
 """
@@ -82,10 +82,46 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     _add_bench(commands)
+    _add_serve(commands)
 
     env = _command(commands, "collect-env", "describe this machine, for bug reports")
     env.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    serve = _command(commands, "serve", "an OpenAI-compatible HTTP server")
+    _add_model_options(serve, gamma="auto")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 for all (default: %(default)s, this machine alone)",
+    )
+    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    serve.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="clients must send it; may be given more than once; QSPEC_API_KEY is the same and "
+        "does not show in the list of processes",
+    )
+    serve.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that requests may use (default: MODEL)",
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="completions that may wait; more get a 429 (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-body-bytes", type=int, default=4 << 20, metavar="N", help="(default: %(default)s)"
+    )
+    serve.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -163,7 +199,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, gamma: str | int | None = None) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_target_options(parser)
     parser.add_argument(
@@ -175,9 +211,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gamma",
         type=_gamma,
+        default=gamma,
         metavar="N",
         help="tokens drafted in each cycle, 0 to decode plainly, auto for whatever pays best "
-        "at the moment (default: 2 for bf16, else 0)",
+        f"at the moment (default: {gamma or '2 for bf16, else 0'})",
     )
     _add_machine_options(parser)
     parser.add_argument(
@@ -185,6 +222,16 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens-in-kv", type=int, default=16384, metavar="N", help="tokens the KV cache holds"
+    )
+    parser.add_argument(
+        "--kv-cache-bytes", type=_bytes, metavar="N", help="its size instead, 512M or 4G also"
+    )
+    parser.add_argument(
+        "--max-rows",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens computed in one step; longer prompts take several (default: %(default)s)",
     )
 
 
@@ -218,6 +265,12 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
     parser.add_argument("--seed", type=int, metavar="S", help="same seed, same text")
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes, with K, M or G for powers of 1024."""
+    unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper())
+    return int(text) if unit is None else int(text[:-1]) << unit
 
 
 def _gamma(text: str) -> int | str:

@@ -11,6 +11,7 @@ from qspec_llm.engine.costs import StepCosts
 from qspec_llm.engine.draft import draft
 from qspec_llm.engine.emit import Emission, emit
 from qspec_llm.engine.gamma import GammaChooser
+from qspec_llm.engine.grammar import Grammar
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
 from qspec_llm.engine.runner import Runner
@@ -92,6 +93,7 @@ class Engine:
         sample: int = 0,
         seed: int | None = None,
         salt: bytes = b"",
+        grammar: Grammar | None = None,
     ) -> Request:
         """Queue one completion of a prompt.
 
@@ -104,6 +106,7 @@ class Engine:
             sample: which of the prompt's completions this is.
             seed: key of its draws; `params.seed`, or a fresh one, by default.
             salt: requests with different salts share no cached blocks.
+            grammar: what the output must follow, at its beginning.
 
         Raises:
             QSpecError: the prompt is empty, has a token outside the vocabulary, or does not fit.
@@ -130,6 +133,8 @@ class Engine:
                     f"the prompt has {len(prompt)} tokens, but {what} holds {limit}, "
                     "the answer included"
                 )
+        if grammar is not None and (params.min_tokens or params.ignore_eos):
+            raise QSpecError("a grammar decides where the answer ends: no min_tokens or ignore_eos")
         longest = min(config.context_length, self._cache_tokens)
         end_ids = () if params.ignore_eos else config.eos_token_ids
         if seed is None:
@@ -145,6 +150,7 @@ class Engine:
             gamma=0 if gamma == "auto" else gamma,
             is_auto=is_auto,
             salt=salt,
+            grammar=grammar,
             max_total=min(len(prompt) + params.max_tokens, longest),
             stop_ids=frozenset((*end_ids, *params.stop_token_ids)),
             text=TextStream(self._tokenizer, tuple(params.stop)),

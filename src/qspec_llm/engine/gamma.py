@@ -71,6 +71,13 @@ class GammaChooser:
         """Chance that a tested draft is accepted, over all requests of late."""
         return self._all.rate(PRIOR)
 
+    def least_acceptance(self) -> float | None:
+        """Where one draft begins to pay for a request alone; None without step costs."""
+        if self.costs is None:
+            return None
+        plain = self._seconds((), 1, 0, 0, 0)
+        return self._seconds((), 1, 1, 1, 0) / plain - 1
+
     def choose(self, running: Iterable[Request]) -> None:
         """Set the gammas of the next cycle."""
         if self.costs is None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qspec_llm.engine.grammar import Grammar
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.text import TextStream
 from qspec_llm.kv.blocks import BLOCK_SIZE, extend_keys
@@ -43,6 +44,7 @@ class Request:
         stop_ids: tokens that end it.
         text: decodes its output and watches for stop strings.
         salt: requests with different salts share no cached blocks.
+        grammar: what its output must follow.
     """
 
     request_id: int
@@ -56,6 +58,7 @@ class Request:
     text: TextStream
     is_auto: bool = False
     salt: bytes = b""
+    grammar: Grammar | None = None
 
     output: list[int] = field(default_factory=list)
     is_drafted: list[bool] = field(default_factory=list)  # of each output token: an accepted draft

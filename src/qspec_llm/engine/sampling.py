@@ -19,7 +19,7 @@ FIRST_RANKED = 128  # tokens that top-p ranks at first
 
 
 def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
-    """Apply penalties, bias and min_tokens to the logits of consecutive positions of one request.
+    """Apply penalties, bias, min_tokens and grammar to logits of one request's next positions.
 
     Args:
         logits: [L, vocabulary]; the last row decides the token after all of `drafted`, each row
@@ -45,6 +45,9 @@ def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
         logits = logits.clone()
         rows = torch.tensor(short).nonzero()
         logits[rows, torch.tensor(sorted(request.stop_ids))] = -torch.inf
+    if request.grammar is not None:
+        allowed = [request.grammar.allowed([*request.output, *drafts]) for drafts in histories]
+        logits = logits.masked_fill(~torch.stack(allowed).to(logits.device), -torch.inf)
     return logits
 
 

@@ -30,11 +30,13 @@ class Scheduler:
         running: requests that hold blocks, oldest first.
         waiting: requests that hold none, in the order to admit them.
         blocks: who holds which.
+        num_preempted: how often a request lost its blocks so far.
     """
 
     def __init__(self, blocks: BlockAllocator, max_batch: int, max_rows: int) -> None:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
+        self.num_preempted = 0
         self.blocks, self._max_batch, self._max_rows = blocks, max_batch, max_rows
 
     @property
@@ -158,6 +160,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Forget a request's KV; its tokens stay and are recomputed when there is room."""
+        self.num_preempted += 1
         self.blocks.release(request.blocks)
         request.committed = 0
         self.running.remove(request)
