@@ -5,9 +5,10 @@ Options without meaning here (`user`, `metadata`, `store: false`) are taken and 
 docs/limits.md says.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "ChatMessage",
@@ -36,6 +37,20 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class _WholeBody(_Body):
+    """A body of its own: its text must be text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_only_characters(cls, value: Any) -> Any:
+        """Refuse halves of surrogate pairs, which JSON can write and UTF-8 cannot."""
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string holds half of a surrogate pair") from None
+        return value
+
+
 class StreamOptions(_Body):
     """What a stream contains besides text.
 
@@ -53,7 +68,7 @@ class SpeculativeOptions(_Body):
     gamma: Annotated[int, Field(ge=0, le=16)] | Literal["auto"]
 
 
-class Options(_Body):
+class Options(_WholeBody):
     """Options that both endpoints have.
 
     `speculative` is false for plain decoding, {"gamma": n} for drafts of n tokens, true or
@@ -190,7 +205,7 @@ class ChatRequest(Options):
     store: Literal[False] | None = None
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(_WholeBody):
     """Body of /tokenize: a text or a conversation."""
 
     model: str | None = None
