@@ -70,6 +70,8 @@ def test_a_chat_from_the_keyboard_shows_where_text_came_from(page, offline):
     assert set(kinds) == {"drafted", "own"}
     assert re.search(r"[\d.]+ tokens/s", page.inner_text(".figures"))
     assert "accepted" in page.inner_text(".figures")
+    assert "\N{GREEK SMALL LETTER GAMMA} 3" in page.inner_text(".figures")
+    assert not page.is_visible("#key")
     assert page.evaluate("document.activeElement.id") == "input"
     shown = page.evaluate("document.querySelector('.text').textContent")
     from qspec_llm import SamplingParams

@@ -1,4 +1,4 @@
-"""The command line: `qspec generate | chat | serve | inspect | bench | collect-env`.
+"""The command line: `qspec generate | chat | serve | run-batch | inspect | bench | collect-env`.
 
 Parses options and reports errors; each command is a module that is imported when it is used.
 """
@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.version import __version__
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench(commands)
     _add_serve(commands)
+    _add_run_batch(commands)
 
     env = _command(commands, "collect-env", "describe this machine, for bug reports")
     env.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -124,6 +125,19 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     serve.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
+def _add_run_batch(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    batch = _command(commands, "run-batch", "answer an OpenAI batch file without a server")
+    _add_model_options(batch, gamma="auto")
+    batch.add_argument("-i", "--input-file", required=True, metavar="FILE", help="JSON Lines")
+    batch.add_argument("-o", "--output-file", required=True, metavar="FILE", help="JSON Lines")
+    batch.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that requests may use (default: MODEL)",
+    )
+
+
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     bench = _command(commands, "bench", "measure what speculation costs and gains on this machine")
     kinds = bench.add_subparsers(required=True, metavar="KIND", dest="bench")
@@ -152,6 +166,8 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     steps.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
     steps.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
 
+    _add_bench_serve(kinds)
+
     text = "tokens per second, plain and speculative, for every target"
     decode = kinds.add_parser("decode", help=text, description=text, allow_abbrev=False)
     decode.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -173,6 +189,39 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         parser.add_argument("--group", type=int, default=32, metavar="G")
         _add_machine_options(parser)
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _add_bench_serve(kinds: "argparse._SubParsersAction[Any]") -> None:
+    text = "load on a server: latencies and throughput as clients see them"
+    serve = kinds.add_parser("serve", help=text, description=text, allow_abbrev=False)
+    serve.add_argument("model", nargs="?", metavar="MODEL", help=f"serve this one: {MODEL_HELP}")
+    serve.add_argument("--url", help="a server that runs already, instead")
+    serve.add_argument("--model-name", metavar="NAME", help="the model's name there")
+    serve.add_argument("--key", help="the server's API key")
+    serve.add_argument("--target", default="auto", choices=("auto", "int4", "int8", "bf16"))
+    serve.add_argument("--gamma", type=_gamma, default="auto", metavar="N")
+    serve.add_argument("--max-batch", type=int, default=16, metavar="N")
+    serve.add_argument("--threads", type=int, metavar="N")
+    serve.add_argument("--requests", type=int, default=64, metavar="N")
+    serve.add_argument(
+        "--concurrency", type=int, default=16, metavar="N", help="clients of a closed loop"
+    )
+    serve.add_argument(
+        "--rate", type=float, metavar="R", help="open loop: requests a second, at random"
+    )
+    serve.add_argument("--prompt-words", type=int, default=48, metavar="N")
+    serve.add_argument(
+        "--shared-words", type=int, default=0, metavar="N", help="that all prompts begin with"
+    )
+    serve.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    serve.add_argument("--body", metavar="JSON", help="more options of each request")
+    serve.add_argument("--seed", type=int, default=0)
+    serve.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before")
+    serve.add_argument(
+        "--offline", action="store_true", help="also do the same work without a server"
+    )
+    serve.add_argument("--plot", metavar="DIR", help="draw PNG files there")
+    serve.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def _command(

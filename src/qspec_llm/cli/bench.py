@@ -26,10 +26,21 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `qspec bench kernels`, `steps` or `decode`."""
-    report = {"kernels": _kernels, "steps": _steps, "decode": _decode}[args.bench](args)
+    """Run `qspec bench kernels`, `steps`, `decode` or `serve`."""
+    kinds = {"kernels": _kernels, "steps": _steps, "decode": _decode, "serve": _serve}
+    report = kinds[args.bench](args)
     if args.json:
         print(json.dumps(report))
+
+
+def _serve(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        from qspec_llm.cli import bench_serve
+    except ImportError as error:
+        raise QSpecError(
+            f"bench serve needs {error.name}; install it with `pip install qspec-llm[server]`"
+        ) from None
+    return bench_serve.run(args)
 
 
 def _engine(args: argparse.Namespace, target: Target) -> EngineConfig:

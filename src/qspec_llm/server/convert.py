@@ -20,7 +20,7 @@ from qspec_llm.server.protocol import (
     Tool,
 )
 
-__all__ = ["Converter", "Tools"]
+__all__ = ["MAX_PROMPTS", "Converter", "Tools"]
 
 MAX_PROMPTS = 256  # of one body
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it

@@ -4,7 +4,14 @@ import logging
 import time
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from qspec_llm.engine.engine import MAX_GAMMA, Engine
 from qspec_llm.engine.request import FinishReason, Request
@@ -14,6 +21,7 @@ __all__ = ["Metrics"]
 logger = logging.getLogger("qspec")
 
 PREFIX = "qspec:"
+disable_created_metrics()  # type: ignore[no-untyped-call]
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 WARN_EVERY = 60.0  # seconds between two warnings
 WARN_AFTER = 200  # drafts tested since the last look, before their acceptance means anything

@@ -256,11 +256,11 @@ class Worker(threading.Thread):
             self._entries.clear()
             self._queued.clear()
             try:
-                command = self._commands.get(timeout=1.0)
-            except queue.Empty:
-                if error is None:
-                    return
-                continue
+                command = self._commands.get(block=error is not None)
+            except queue.Empty:  # stopped on purpose: nobody will ask any more
+                return
+            if command is None:
+                return
             if isinstance(command, partial) and command.func == self._add:
                 self._jobs.add(command.args[0])
 
