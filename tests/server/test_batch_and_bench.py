@@ -21,24 +21,9 @@ def line(custom_id, body, url="/v1/completions"):
 def run_batch(model_dir, tmp_path, lines):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines) + "\n\n")
-    status = main(
-        [
-            "run-batch",
-            str(model_dir),
-            "-i",
-            str(source),
-            "-o",
-            str(target),
-            "--target",
-            "int8",
-            "--served-model-name",
-            "tiny",
-            "--max-batch",
-            "4",
-            "--max-tokens-in-kv",
-            "1024",
-        ]
-    )
+    options = ["-i", str(source), "-o", str(target), "--target", "int8", "--max-batch", "4"]
+    options += ["--served-model-name", "tiny", "--max-tokens-in-kv", "1024"]
+    status = main(["run-batch", str(model_dir), *options])
     if status:
         return status, {}
     records = [json.loads(text) for text in target.read_text().splitlines()]

@@ -18,7 +18,8 @@ __all__ = ["Acceptance", "GammaChooser", "expected_tokens"]
 
 TOP_GAMMA = 8
 LEAST_GAIN = 1.03  # of expected speed over plain decoding: less is within the noise
-CHOOSE_EVERY = 4  # cycles, while the same requests run
+CHOOSE_EVERY = 8  # cycles, while the same requests run
+ENOUGH_WORSE = 2  # gammas in a row that promise no more than a smaller one: larger ones will not
 PROBE_SHARE = 0.01  # of the time that goes into single drafts where none pays, to notice a change
 OPTIMISM = 0.95  # an acceptance at which drafting must pay for a probe to be worth anything
 KEPT = 0.98  # of past evidence, a draft tested: the last 50 of a request or so count
@@ -98,13 +99,14 @@ class GammaChooser:
 
     def _is_probe_due(self, generating: Sequence[Request], auto: Sequence[Request]) -> bool:
         """Whether to draft one token although none is expected to pay."""
-        if not auto or not self._best(generating, auto, OPTIMISM)[1]:
+        if not auto:
             return False
         fixed = [r.gamma for r in generating if not r.is_auto]
         context = sum(request.num_tokens for request in generating) / len(generating)
         plain = self._seconds(fixed, len(auto), 0, 0, context)
         extra = self._seconds(fixed, len(auto), len(auto), 1, context) - plain
-        return self._num_plain * PROBE_SHARE * plain >= extra
+        is_affordable = self._num_plain * PROBE_SHARE * plain >= extra
+        return is_affordable and self._best(generating, auto, OPTIMISM)[1] > 0
 
     def _rate(self, request: Request) -> float:
         seen = self._each.get(request.request_id)
@@ -120,7 +122,7 @@ class GammaChooser:
         fixed = [r.gamma for r in generating if not r.is_auto]
         context = sum(request.num_tokens for request in generating) / len(generating)
         plain = len(auto) / self._seconds(fixed, len(auto), 0, 0, context)
-        best = (plain * LEAST_GAIN, 0, 0)
+        best, num_worse = (plain * LEAST_GAIN, 0, 0), 0
         counts = sorted({*(1 << i for i in range(len(auto).bit_length())), len(auto)})
         for gamma in range(1, TOP_GAMMA + 1):
             gains = [expected_tokens(each, gamma) - 1 for each in rates]
@@ -128,6 +130,9 @@ class GammaChooser:
                 tokens = len(auto) + sum(gains[:count])
                 seconds = self._seconds(fixed, len(auto), count, gamma, context)
                 best = max(best, (tokens / seconds, gamma, count))
+            num_worse = 0 if best[1] == gamma else num_worse + 1
+            if num_worse == ENOUGH_WORSE:
+                break
         return best[1], best[2]
 
     def _seconds(
