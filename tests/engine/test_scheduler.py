@@ -146,6 +146,22 @@ def test_the_row_budget_is_shared_and_no_draft_is_shortened():
         assert (request.num_cycles, request.num_drafted) == (same.num_cycles, same.num_drafted)
 
 
+def test_a_long_prompt_never_stops_an_answer():
+    engine, runner = make(max_batch=3, max_rows=1, gamma=2, num_blocks=200)
+    young = [engine.add([index], greedy(60)) for index in range(2)]
+    engine.step()
+    long = engine.add([7] * 600, greedy(5))
+    engine.scheduler.running.insert(0, engine.scheduler.waiting.pop())  # as if it had come first
+    while not long.output:
+        before = [len(request.output) for request in young]
+        engine.step()
+        for request, number in zip(young, before, strict=True):
+            assert request.is_finished or len(request.output) > number
+        assert runner.rows_per_verify[-1] <= 3 * (MAX_GAMMA + 1)
+    drain(engine)
+    assert long.output == alone(long.prompt, greedy(5))
+
+
 # Preemption
 
 

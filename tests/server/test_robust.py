@@ -114,6 +114,18 @@ def test_half_a_request_holds_up_nobody(server):
     server.wait_until_idle()
 
 
+def test_a_wrong_stream_is_refused_before_it_begins(server):
+    for wrong in ({"stop_token_ids": [9999]}, {"logit_bias": {"9999": 1}}, {"prompt": [9999]}):
+        body = {**BODY, **wrong, "stream": True}
+        assert is_refused(httpx.post(f"{server.url}/v1/completions", json=body))
+    form = {"type": "json_object"}
+    chat = {"messages": [{"role": "user", "content": "a"}], "response_format": form}
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions", json={**chat, "stream": True, "ignore_eos": True}
+    )
+    assert is_refused(response)
+
+
 # Keys
 
 
@@ -288,6 +300,26 @@ def test_a_second_signal_stops_at_once(process):
     for thread in threads:
         thread.join(20)
     assert sum(line == "data: [DONE]" for line in lines) < 12
+
+
+# The log
+
+
+def test_acceptance_below_what_pays_is_a_warning(make_llm, caplog, monkeypatch):
+    from qspec_llm.server import metrics as module
+
+    engine = make_llm(max_tokens_in_kv=512).engine
+    engine.gammas.least_acceptance = lambda: 0.5
+    for accepted, is_warned in ((1, True), (9, False)):
+        metrics = module.Metrics()
+        for _ in range(120):
+            metrics.cycle(10, accepted, accepted + 1)
+        metrics.state(engine)
+        assert not caplog.records
+        metrics._window.since -= module.WARN_EVERY
+        metrics.state(engine)
+        assert ("drafting pays from 50% on" in caplog.text) == is_warned
+        caplog.clear()
 
 
 # Under load

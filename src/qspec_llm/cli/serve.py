@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> None:
     if any(not key.strip() for key in keys):
         raise QSpecError("an API key is empty")
     llm = load(args)
-    llm.step_costs()  # measured now rather than under a request
+    # measured now rather than under a request; one may ask for "auto" whatever the default is
+    llm.engine.gammas.costs = llm.step_costs()
     options = ServerOptions(
         names=args.served_model_name or [str(args.model)],
         api_keys=keys,

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 
-# Between the parts of JSON: enough to indent, too little for a model to lose itself in.
-WHITESPACE = {"whitespace_pattern": "[ \\n\\r\\t]{0,16}"}
 __all__ = ["Grammar", "GrammarCompiler", "GuidedGrammar", "ToolCallSyntax"]
 
+# Between the parts of JSON: enough to indent, too little for a model to lose itself in.
+WHITESPACE = {"whitespace_pattern": "[ \\n\\r\\t]{0,16}"}
 TOOL_BEGIN, TOOL_END = "<tool_call>", "</tool_call>"  # Hermes's, Qwen's and SmolLM2's way
 
 

@@ -19,7 +19,7 @@ LIMITS: dict[str, tuple[type, float, float | None]] = {
     "seed": (int, -(2**63), 2**64 - 1),
     "logprobs": (int, 0, 20),
     "prompt_logprobs": (int, 0, 20),
-    "repetition_penalty": (float, 0, 100),
+    "repetition_penalty": (float, 0.01, 100),
     "presence_penalty": (float, -2, 2),
     "frequency_penalty": (float, -2, 2),
     "n": (int, 1, 64),

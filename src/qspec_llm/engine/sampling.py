@@ -16,6 +16,7 @@ from qspec_llm.engine.request import Request
 __all__ = ["adjust", "argmax", "pick", "probabilities"]
 
 FIRST_RANKED = 128  # tokens that top-p ranks at first
+LEAST_TEMPERATURE = 1e-30  # below it float32 has no numbers to divide by
 
 
 def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
@@ -78,7 +79,7 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution to draw from at a temperature above 0: logits [L, V] to [L, V] float32."""
     # the largest becomes 0, so that no temperature is too small to divide by
     centred = logits.float() - logits.amax(-1, keepdim=True)
-    probs = torch.softmax(centred / params.temperature, dim=-1)
+    probs = torch.softmax(centred / max(params.temperature, LEAST_TEMPERATURE), dim=-1)
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0)
     if 0 < params.top_k < probs.shape[-1]:

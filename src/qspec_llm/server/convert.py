@@ -1,7 +1,7 @@
 """From request bodies to what the engine takes: prompts, sampling options, grammars."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,20 @@ class Converter:
 
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
         try:
-            return self._llm.encode(prompt)
+            tokens = self._llm.encode(prompt)
         except QSpecError as error:
             raise bad_request(str(error), "prompt") from None
+        if not isinstance(prompt, str):
+            self._check_tokens(tokens, "prompt")
+        return tokens
+
+    def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
+        """Here rather than in the engine, since a stream's status is sent before it hears of it."""
+        size = self._llm.model_config.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                what = f"{param} has token {token}, outside the vocabulary of {size}"
+                raise bad_request(what, param)
 
     def chat_prompt(self, messages: Sequence[ChatMessage], tools: Tools | None = None) -> list[int]:
         """Token ids of a conversation."""
@@ -131,6 +142,14 @@ class Converter:
 
     def params(self, body: Options, num_prompt: int) -> SamplingParams:
         """Sampling options of a body whose longest prompt has `num_prompt` tokens."""
+        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+        self._check_tokens(bias, "logit_bias")
+        self._check_tokens(body.stop_token_ids or (), "stop_token_ids")
+        form = getattr(body, "response_format", None)
+        has_grammar = bool(getattr(body, "tools", None)) or (form and form.type != "text")
+        if has_grammar and (body.min_tokens or body.ignore_eos):
+            what = "a grammar decides where the answer ends: no min_tokens or ignore_eos"
+            raise bad_request(what, "min_tokens" if body.min_tokens else "ignore_eos")
         given: dict[str, Any] = {
             "temperature": body.temperature,
             "top_p": body.top_p,
@@ -143,7 +162,7 @@ class Converter:
             "presence_penalty": body.presence_penalty,
             "frequency_penalty": body.frequency_penalty,
             "repetition_penalty": body.repetition_penalty,
-            "logit_bias": {int(token): bias for token, bias in (body.logit_bias or {}).items()},
+            "logit_bias": bias,
             "max_tokens": self._max_tokens(body, num_prompt),
             "ignore_eos": body.ignore_eos,
         }

@@ -95,7 +95,7 @@ class Options(_WholeBody):
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     speculative: bool | SpeculativeOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     user: str | None = None

@@ -191,7 +191,9 @@ class Worker(threading.Thread):
                     grammar=each.grammar,
                 )
                 job.requests.append(request)
-        except QSpecError as error:
+        except Exception as error:
+            if not isinstance(error, QSpecError):
+                logger.exception("a request could not be taken")
             self._abort(job)
             self._post(partial(job.on_failure, error))
             return
