@@ -105,15 +105,20 @@ class ToolCallSyntax:
 
     @staticmethod
     def lark(tools: Sequence[Mapping[str, Any]], *, is_required: bool, is_parallel: bool) -> str:
-        """A Lark grammar: text with calls in tags, or nothing but calls."""
+        """A Lark grammar: text with calls in tags, or nothing but calls.
+
+        Text ends lazily, where the first tag begins: without that the lexer would take the tag's
+        beginning for text and then stand before something that is neither.
+        """
         schema = json.dumps({**ToolCallSyntax.schema(tools), "x-guidance": WHITESPACE})
-        call = (
-            f'call: "{TOOL_BEGIN}" /\\n?/ body /\\n?/ "{TOOL_END}" /\\n?/\nbody: %json {schema}\n'
-        )
+        rest = f'/\\n?/ body /\\n?/ "{TOOL_END}"'
+        body = f"body: %json {schema}\n"
         if is_required:
-            return f"start: {'call+' if is_parallel else 'call'}\n{call}"
-        text = f"TEXT: /(?s:.*)/ & ~/(?s:.*){TOOL_BEGIN}(?s:.*)/\n"
-        return f"start: TEXT {'call*' if is_parallel else 'call?'}\n{text}{call}"
+            start = f"start: call{' (GAP call)*' if is_parallel else ''}\nGAP: /\\n?/\n"
+            return f'{start}call: "{TOOL_BEGIN}" {rest}\n{body}'
+        start = f"start: {'call* TEXT' if is_parallel else 'call | TEXT'}\n"
+        begin = f'begin[lazy]: TEXT "{TOOL_BEGIN}"\nTEXT: /(.|\\n)*/\n'
+        return f"%llguidance {{}}\n{start}{begin}call: begin {rest}\n{body}"
 
 
 class GrammarCompiler:

@@ -160,33 +160,38 @@ class ToolCallReader:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self._rest = ""
-        self._has_call = False
+        self._is_behind_call = False
 
     def push(self, text: str, *, is_final: bool = False) -> tuple[str, list[dict[str, Any]]]:
-        """Text to hand out now, and the calls that became whole."""
+        """Text to hand out now, and the calls that became whole.
+
+        Newlines behind a call only set it apart, and are no text.
+        """
         self._rest += text
         shown, new = "", []
         while True:
+            if self._is_behind_call:
+                self._rest = self._rest.lstrip("\n")
+                self._is_behind_call = not self._rest
             before, begin, after = self._rest.partition(TOOL_BEGIN)
-            if not begin:
-                break
             inner, end, behind = after.partition(TOOL_END)
             if not end:
                 break
-            shown += before
             call = _read_call(inner, len(self.calls))
-            if call is None:
-                shown += begin + inner + end
-            else:
+            shown += before if call else before + begin + inner + end
+            if call:
                 self.calls.append(call)
                 new.append(call)
-            self._rest = behind.lstrip("\n") if call else behind
-        if not begin:
-            keep = 0 if is_final else _overlap(self._rest, TOOL_BEGIN)
-            shown += self._rest[: len(self._rest) - keep]
-            self._rest = self._rest[len(self._rest) - keep :]
-        elif is_final:
-            shown, self._rest = shown + self._rest, ""
+                self._is_behind_call = True
+            self._rest = behind
+        if is_final:
+            keep = 0
+        elif begin:
+            keep = len(self._rest) - len(before)
+        else:
+            keep = _overlap(self._rest, TOOL_BEGIN)
+        stop = len(self._rest) - keep
+        shown, self._rest = shown + self._rest[:stop], self._rest[stop:]
         return shown, new
 
 
