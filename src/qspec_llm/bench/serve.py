@@ -67,6 +67,8 @@ class Load:
         prompt_words: words of each prompt, its shared beginning included.
         shared_words: words that all prompts begin with.
         max_tokens: tokens of each answer, exactly: end tokens are ignored where the server can.
+        is_streamed: answers come as they grow; otherwise at once, which costs a client on the same
+            machine less, and the first token is the last.
         body: more options of each body.
         seed: of prompts and arrivals.
     """
@@ -77,6 +79,7 @@ class Load:
     prompt_words: int = 48
     shared_words: int = 0
     max_tokens: int = 64
+    is_streamed: bool = True
     body: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -183,16 +186,23 @@ async def _ask(
     outcome: Outcome,
     started: float,
 ) -> None:
-    """One streamed completion; when its chunks came is noted in the outcome."""
+    """One completion; when its chunks came is noted in the outcome."""
     body = {
         "model": model,
         "prompt": prompt,
         "max_tokens": load.max_tokens,
         "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream": load.is_streamed,
         **load.body,
     }
+    if not load.is_streamed:
+        response = await client.post("/v1/completions", json=body)
+        if response.status_code != 200:
+            raise ValueError(f"{response.status_code}: {response.text[:200]!r}")
+        outcome.chunks.append(time.perf_counter() - started)
+        outcome.num_tokens = response.json()["usage"]["completion_tokens"]
+        return
+    body["stream_options"] = {"include_usage": True}
     usage, num_chunks = None, 0
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
@@ -232,7 +242,7 @@ def summarise(load: Load, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "tokens_per_second": sum(outcome.num_tokens for outcome in good) / seconds,
         "requests_per_second": len(good) / seconds,
         "time_to_first_token": _percentiles([outcome.first for outcome in good]),
-        "time_per_token": _percentiles([o.per_token for o in good if o.num_tokens > 1]),
+        "time_per_token": _percentiles([o.per_token for o in good if len(o.chunks) > 1]),
         "between_chunks": _percentiles(gaps),
         "end_to_end": _percentiles([outcome.ended - outcome.sent for outcome in good]),
     }
@@ -269,7 +279,7 @@ def plot(outcomes: Sequence[Outcome], directory: Path, title: str) -> list[Path]
     good = [outcome for outcome in outcomes if outcome.error is None]
     series = {
         "time to first token": [outcome.first for outcome in good],
-        "time per token": [outcome.per_token for outcome in good if outcome.num_tokens > 1],
+        "time per token": [outcome.per_token for outcome in good if len(outcome.chunks) > 1],
         "end to end": [outcome.ended - outcome.sent for outcome in good],
     }
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4))

@@ -214,6 +214,9 @@ def _add_bench_serve(kinds: "argparse._SubParsersAction[Any]") -> None:
         "--shared-words", type=int, default=0, metavar="N", help="that all prompts begin with"
     )
     serve.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    serve.add_argument(
+        "--no-stream", action="store_true", help="answers at once: clients cost less then"
+    )
     serve.add_argument("--body", metavar="JSON", help="more options of each request")
     serve.add_argument("--seed", type=int, default=0)
     serve.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before")

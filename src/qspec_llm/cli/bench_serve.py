@@ -72,6 +72,7 @@ def _load(args: argparse.Namespace) -> Load:
         prompt_words=args.prompt_words,
         shared_words=args.shared_words,
         max_tokens=args.max_tokens,
+        is_streamed=not args.no_stream,
         body=body,
         seed=args.seed,
     )
@@ -153,6 +154,8 @@ def _show(report: dict[str, Any], load: Load) -> None:
     )
     for name in ("time_to_first_token", "time_per_token", "between_chunks", "end_to_end"):
         figures = ", ".join(f"{key} {value * 1e3:.1f}" for key, value in report[name].items())
+        if not figures:
+            continue
         print(f"  {name.replace('_', ' '):<20} {figures} ms")
     if report["first_error"]:
         print(f"  first error: {report['first_error']}")
