@@ -526,3 +526,10 @@ def test_no_temperature_is_too_small_to_draw_at(temperature):
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     probs = probabilities(logits, SamplingParams(temperature=temperature))
     assert probs.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1e-50, 5e-324])
+def test_no_top_p_is_too_small_to_keep_the_most_likely(top_p):
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    probs = probabilities(logits, SamplingParams(temperature=1, top_p=top_p))
+    assert probs.tolist() == [[0.0, 1.0, 0.0]]

@@ -8,7 +8,7 @@ from helpers_server import running
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
-NUM_EXAMPLES, NUM_SOAK_EXAMPLES = 25, 1000
+NUM_EXAMPLES, NUM_SOAK_EXAMPLES = 25, 400
 QUIET = list(HealthCheck)
 
 

@@ -67,6 +67,9 @@ class GuidedGrammar:
             return self._only_end
         mask = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         flat = mask.flatten()[: len(self._only_end)].bool()
+        if not flat.any():
+            self.error = "no token continues the answer"
+            return self._only_end
         missing = len(self._only_end) - len(flat)
         return torch.cat((flat, flat.new_zeros(missing))) if missing else flat
 

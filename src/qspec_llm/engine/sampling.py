@@ -108,6 +108,7 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
             break
         size *= 8
     is_in = before < top_p
+    is_in[:, 0] = True  # a top_p below float32's range is 0 in this comparison
     smallest = ranked.gather(-1, is_in.sum(-1, keepdim=True) - 1)
     num_equal = (is_in & (ranked == smallest)).sum(-1, keepdim=True)
     is_equal = probs == smallest
