@@ -61,17 +61,18 @@ LogitsRule = Callable[[bool, Sequence[int]], Tensor]
 class _Entry:
     """What one KV slot holds."""
 
-    request_id: int
     position: int
     token: int
+    is_prompt: bool  # which kernels computed it
     is_draft: bool
 
 
 class FakeRunner:
     """A runner whose logits come from a rule over the tokens that its KV cache really holds.
 
-    Every call checks that a row sees its own request's positions, all written, final ones by the
-    verify view, and that nothing writes below the watermark.
+    Every call checks that a row sees its own request's tokens, all written, final ones by the
+    verify view and by the kernels that the request would have used, and that nothing writes below
+    the watermark.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class FakeRunner:
             request = span.request
             assert span.start >= request.committed, "a row below the watermark is written again"
             for position, token in enumerate(span.tokens, span.start):
-                entry = _Entry(request.request_id, position, token, view.is_draft)
+                is_prompt = position < len(request.prompt)
+                entry = _Entry(position, token, is_prompt, view.is_draft)
                 self.slots[_slot(request, position)] = entry
             logits += [
                 self._rule(view.is_draft, self._tokens(request, stop, view))[None]
@@ -114,7 +116,10 @@ class FakeRunner:
         """Tokens at positions 0 .. stop - 1, read from the slots."""
         entries = [self.slots[_slot(request, position)] for position in range(stop)]
         for position, entry in enumerate(entries):
-            assert (entry.request_id, entry.position) == (request.request_id, position)
+            assert entry.position == position
+            assert entry.is_prompt == (position < len(request.prompt)), "kernels of the other class"
+            if position < request.num_tokens:
+                assert [entry.token] == list(request.tokens(position, position + 1))
             is_final = position < request.committed or not view.is_draft
             assert not (is_final and entry.is_draft), "verify saw what the draft wrote"
         return [entry.token for entry in entries]
@@ -165,7 +170,7 @@ def fake_engine(
 
 def blocks_of(engine: Engine) -> BlockAllocator:
     """The allocator of an engine's cache."""
-    return engine._scheduler._blocks
+    return engine.scheduler.blocks
 
 
 def drain(engine: Engine, max_steps: int = 20_000) -> list[Emission]:

@@ -1,9 +1,12 @@
 """Options of one engine: frozen, checked once, with every "auto" already decided."""
 
+import os
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TypeVar
 
+from qspec_llm.engine.engine import Gamma
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import available_backends, get_backend
 from qspec_llm.weights.checkpoint import Checkpoint
@@ -17,6 +20,7 @@ __all__ = [
     "DEFAULT_KV_TOKENS",
     "DEFAULT_MAX_BATCH",
     "EngineConfig",
+    "cache_directory",
     "parse_choice",
     "resolve_target",
 ]
@@ -39,8 +43,8 @@ class EngineConfig:
     Attributes:
         target: what the verify view reproduces.
         draft: activations of the draft view.
-        gamma: tokens drafted in each cycle, 0 for plain decoding; None is the target's default,
-            and is resolved at once.
+        gamma: tokens drafted in each cycle, 0 for plain decoding; "auto" for whatever pays best at
+            the moment; None is the target's default, and is resolved at once.
         group: weights that share one scale.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
@@ -51,7 +55,7 @@ class EngineConfig:
 
     target: Target
     draft: Activation = Activation.A8
-    gamma: int | None = None
+    gamma: Gamma | None = None
     group: int = DEFAULT_GROUP
     max_batch: int = DEFAULT_MAX_BATCH
     max_tokens_in_kv: int = DEFAULT_KV_TOKENS
@@ -82,6 +86,14 @@ class EngineConfig:
     def draft_view(self) -> View:
         """The view that proposes."""
         return draft_view(self.draft)
+
+
+def cache_directory() -> Path:
+    """Where measurements are kept between runs: $QSPEC_CACHE, or in the user's cache directory."""
+    if own := os.environ.get("QSPEC_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qspec"
 
 
 def parse_choice(kind: type[_Choice], value: str, option: str) -> _Choice:

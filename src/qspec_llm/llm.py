@@ -1,19 +1,25 @@
 """The offline API: load a model once, generate for a list of prompts."""
 
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from qspec_llm.config import (
     DEFAULT_GROUP,
     DEFAULT_KV_TOKENS,
     DEFAULT_MAX_BATCH,
     EngineConfig,
+    cache_directory,
     parse_choice,
     resolve_target,
 )
+from qspec_llm.engine.costs import COST_TOKENS, StepCosts, load_costs, measure_costs, save_costs
 from qspec_llm.engine.emit import Emission
-from qspec_llm.engine.engine import Engine, check_gamma
+from qspec_llm.engine.engine import MAX_ROWS, Engine, Gamma, check_gamma
 from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import FinishReason, Request, TokenLogprobs
@@ -26,11 +32,13 @@ from qspec_llm.kv.pool import allocate, kv_bytes_per_token
 from qspec_llm.model.config import read_config
 from qspec_llm.model.load import Progress, load_decoder
 from qspec_llm.tokenizer import HFTokenizer, Message
+from qspec_llm.version import __version__
 from qspec_llm.weights.checkpoint import open_checkpoint
 from qspec_llm.weights.view import Activation
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "Speculation"]
 
+KV_DTYPE = torch.bfloat16  # what `load_decoder` gives a decoder
 Prompt = str | Sequence[int]
 
 
@@ -80,10 +88,14 @@ class LLM:
             or an alias ("smollm2").
         target: what the output equals: "int4", "int8", "bf16", or "auto" for the checkpoint's own.
         draft: activations of the draft view, "a8", "a4" or "a16".
-        gamma: tokens to draft in each cycle; 0 decodes plainly; None takes the target's default.
+        gamma: tokens to draft in each cycle; 0 decodes plainly; "auto" takes whatever pays best at
+            the moment, by step costs that are measured once and kept; None takes the target's
+            default.
         group: weights that share one scale (32, 64 or 128), where the checkpoint does not say.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
+        kv_cache_bytes: its size in bytes, instead.
+        max_rows: rows computed in one step: a longer prompt is processed in chunks.
         threads: threads of the kernels, for the whole process; by default the physical cores.
         isa: instruction set of the CPU kernels ("avx512", "avx2", "generic"), for the whole
             process; by default the best this machine has.
@@ -101,20 +113,25 @@ class LLM:
         *,
         target: str = "auto",
         draft: str = "a8",
-        gamma: int | None = None,
+        gamma: Gamma | None = None,
         group: int = DEFAULT_GROUP,
         max_batch: int = DEFAULT_MAX_BATCH,
         max_tokens_in_kv: int = DEFAULT_KV_TOKENS,
+        kv_cache_bytes: int | None = None,
+        max_rows: int = MAX_ROWS,
         threads: int | None = None,
         isa: str | None = None,
         backend: str = "auto",
         progress: Progress | None = None,
     ) -> None:
-        if gamma is not None:
+        if gamma is not None and gamma != "auto":
             check_gamma(gamma)
         self.model = model
         path = resolve_model(model)
         checkpoint = open_checkpoint(path)
+        self.model_config = read_config(checkpoint)
+        if kv_cache_bytes is not None:
+            max_tokens_in_kv = kv_cache_bytes // kv_bytes_per_token(self.model_config, KV_DTYPE)
         self.config = EngineConfig(
             target=resolve_target(target, checkpoint),
             draft=parse_choice(Activation, draft, "draft"),
@@ -126,8 +143,8 @@ class LLM:
             isa=isa,
             backend=backend,
         )
-        self._num_blocks = blocks_for(max_tokens_in_kv)
-        self.model_config = read_config(checkpoint)
+        self._num_blocks, self._max_rows = blocks_for(max_tokens_in_kv), max_rows
+        self._costs: StepCosts | None = None
         self.tokenizer = HFTokenizer(path)
         self.decoder = load_decoder(
             checkpoint,
@@ -145,7 +162,51 @@ class LLM:
         """Bytes that one token takes in the KV cache."""
         return kv_bytes_per_token(self.model_config, self.decoder.dtype)
 
-    def new_engine(self, gamma: int) -> Engine:
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._num_blocks * BLOCK_SIZE
+
+    def step_costs(self) -> StepCosts:
+        """What steps cost here: read from disk, or measured (for some 20 seconds) and kept there.
+
+        They hold for one machine, model, number of threads and version; `config.cache_directory`
+        says where they are.
+        """
+        if self._costs is None:
+            key = self._costs_key()
+            self._costs = load_costs(cache_directory(), key)
+        if self._costs is None:
+            tokens = min(COST_TOKENS, self._num_blocks * BLOCK_SIZE)
+            device = self.decoder.ops.device
+            kv = allocate(self.model_config, blocks_for(tokens), self.decoder.dtype, device)
+            self._costs = measure_costs(
+                Runner(self.decoder, kv),
+                self.tokenizer,
+                self.config.draft_view,
+                self.config.max_batch,
+            )
+            save_costs(cache_directory(), key, self._costs)
+        return self._costs
+
+    def _costs_key(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "version": __version__,
+            "machine": f"{platform.node()} {_cpu_name()}",
+            "model": repr(self.model_config),
+            "bytes": self.decoder.nbytes(),
+            "target": config.target,
+            "draft": config.draft,
+            "group": config.group,
+            "backend": config.backend,
+            "isa": config.isa,
+            "threads": get_backend(config.backend).num_threads(),
+            "max_batch": config.max_batch,
+            "kv_blocks": min(self._num_blocks, blocks_for(COST_TOKENS)),
+        }
+
+    def new_engine(self, gamma: Gamma) -> Engine:
         """Another engine over the same weights, with a KV cache of its own."""
         kv = allocate(
             self.model_config, self._num_blocks, self.decoder.dtype, self.decoder.ops.device
@@ -157,6 +218,8 @@ class LLM:
             gamma=gamma,
             max_batch=self.config.max_batch,
             graphs=graphs_of(self.decoder, kv, self.config.draft_view, self.config.max_batch),
+            max_rows=self._max_rows,
+            costs=self.step_costs() if gamma == "auto" else self._costs,
         )
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -175,7 +238,7 @@ class LLM:
         prompts: str | Sequence[Prompt],
         params: SamplingParams | None = None,
         *,
-        gamma: int | None = None,
+        gamma: Gamma | None = None,
     ) -> list[RequestOutput]:
         """Complete raw prompts (no chat template), in one batch; results in their order.
 
@@ -208,7 +271,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
-        gamma: int | None = None,
+        gamma: Gamma | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, with the model's chat template.
 
@@ -222,7 +285,7 @@ class LLM:
         return self.generate(prompts, params, gamma=gamma)
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams, *, gamma: int | None = None
+        self, prompt: Sequence[int], params: SamplingParams, *, gamma: Gamma | None = None
     ) -> Iterator[Emission]:
         """Generate one completion, step by step; closing the iterator aborts it."""
         (requests,) = self.submit(self.engine, [prompt], params, gamma)
@@ -237,7 +300,7 @@ class LLM:
         engine: Engine,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        gamma: int | None = None,
+        gamma: Gamma | None = None,
     ) -> list[list[Request]]:
         """Queue `params.n` completions of each prompt; all of them, or none if one is refused."""
         requests: list[list[Request]] = []
@@ -252,6 +315,14 @@ class LLM:
             _abort(engine, requests)
             raise
         return requests
+
+
+def _cpu_name() -> str:
+    """The processor as /proc/cpuinfo has it, or as Python does."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def _abort(engine: Engine, requests: Sequence[Sequence[Request]]) -> None:

@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from qspec_llm.errors import QSpecError
 
 __all__ = ["HFTokenizer", "Message"]
 
-Message = Mapping[str, str]  # {"role": ..., "content": ...}
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
 
 class HFTokenizer:
@@ -33,12 +36,29 @@ class HFTokenizer:
         """Whether the model says how a conversation is written."""
         return bool(self._tokenizer.chat_template)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that a prompt begins with."""
-        return list(self._tokenizer(text)["input_ids"])
+    @property
+    def hf(self) -> Any:
+        """The tokenizer of `transformers` itself."""
+        return self._tokenizer
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def chat_template(self) -> str:
+        """How a conversation is written, a Jinja template; empty if the model does not say."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else str(template or "")
+
+    def encode(self, text: str, *, has_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that a prompt begins with, or without."""
+        return list(self._tokenizer(text, add_special_tokens=has_special_tokens)["input_ids"])
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            messages: {"role", "content"} records.
+            tools: functions that the model may call, for a template that knows what they are.
 
         Raises:
             QSpecError: the model has no chat template, or it refuses the messages.
@@ -50,6 +70,7 @@ class HFTokenizer:
         try:
             ids = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
                 add_generation_prompt=True,
                 return_dict=False,
             )
@@ -65,9 +86,42 @@ class HFTokenizer:
             )
         )
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token; its name, if it is a special token."""
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if token_id in self._tokenizer.added_tokens_decoder:
+            return str(piece).encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF.get(character, 63) for character in piece)
+        if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes([int(match[1], 16)])
+        return str(piece).replace("\u2581", " ").encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether pieces are written in GPT-2's alphabet of one character a byte."""
+        return "ByteLevel" in json.dumps(
+            json.loads(self._tokenizer.backend_tokenizer.to_str())["decoder"]
+        )
+
     def save(self, path: Path) -> None:
         """Write the tokenizer's files into a model directory."""
         self._tokenizer.save_pretrained(str(path))
+
+
+def _gpt2_alphabet() -> dict[str, int]:
+    """GPT-2's characters and their bytes: printable bytes are themselves, the rest from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + index): byte for index, byte in enumerate(others)},
+    }
+
+
+_BYTE_OF = _gpt2_alphabet()
 
 
 @contextlib.contextmanager

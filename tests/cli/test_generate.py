@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qspec_llm import LLM, SamplingParams
 from qspec_llm.cli import main
 
 KEYS = {
@@ -107,3 +108,21 @@ def test_smollm2_answers(capsys):
     assert report["target"] == "int4"
     assert report["compare"]["identical"] is True
     assert report["bytes"]["weights"] == report["bytes"]["weights_if_stored_once"]
+
+
+def test_gamma_auto_measures_once_and_answers_as_plain_decoding(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("QSPEC_CACHE", str(tmp_path / "cache"))
+    answers, written = set(), set()
+    for gamma in ("auto", 0, "auto"):
+        llm = LLM(model_dir, target="int8", gamma=gamma, max_batch=2, max_tokens_in_kv=256)
+        (result,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=20))
+        answers.add(result.outputs[0].token_ids)
+        (file,) = (tmp_path / "cache").iterdir()
+        written.add(file.stat().st_mtime_ns)
+    assert (len(answers), len(written)) == (1, 1)
+
+
+def test_the_kv_cache_can_be_given_in_bytes(model_dir):
+    llm = LLM(model_dir, kv_cache_bytes=40 * 2 * 2 * 2 * 16 * 2, gamma=0)
+    assert llm.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2
+    assert llm.engine.scheduler.blocks.num_blocks == 3

@@ -105,11 +105,14 @@ class CountingEngineRunner(RecordingRunner):
     def __init__(self, decoder: Decoder, num_blocks: int) -> None:
         super().__init__(decoder, num_blocks)
         self.num_recomputed = 0
+        self._starts: dict[int, int] = {}
 
     def forward(self, batch, view):
-        self.num_recomputed += sum(
-            span.start == 0 and bool(span.request.output) for span in batch.spans
-        )
+        if view == VERIFY:
+            for span in batch.spans:
+                before = self._starts.get(span.request.request_id, 0)
+                self.num_recomputed += span.start < before
+                self._starts[span.request.request_id] = span.start
         return super().forward(batch, view)
 
 

@@ -26,6 +26,7 @@ from helpers_engine import (
 from helpers_weights import refused
 from qspec_llm.engine.engine import MAX_GAMMA
 from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.sampling import probabilities
 from qspec_llm.llm import LLM
 from qspec_llm.weights.quantize import Target
 
@@ -518,3 +519,17 @@ def test_logits_of_a_recorded_run_are_not_those_of_the_draft():
     assert runner.logits == {}
     run = run_model(decoder, [[1, 2, 3]], greedy(6), gamma=2)
     assert run.tokens[0] == run.logits[0].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300, 5e-324])
+def test_no_temperature_is_too_small_to_draw_at(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    probs = probabilities(logits, SamplingParams(temperature=temperature))
+    assert probs.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1e-50, 5e-324])
+def test_no_top_p_is_too_small_to_keep_the_most_likely(top_p):
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    probs = probabilities(logits, SamplingParams(temperature=1, top_p=top_p))
+    assert probs.tolist() == [[0.0, 1.0, 0.0]]

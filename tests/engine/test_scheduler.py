@@ -1,6 +1,7 @@
 """Who runs when, and that nobody's tokens or blocks suffer for it."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -29,11 +30,11 @@ def make(**options) -> tuple[Engine, FakeRunner]:
 
 
 def running(engine: Engine) -> list[int]:
-    return [request.request_id for request in engine._scheduler.running]
+    return [request.request_id for request in engine.scheduler.running]
 
 
 def waiting(engine: Engine) -> list[int]:
-    return [request.request_id for request in engine._scheduler.waiting]
+    return [request.request_id for request in engine.scheduler.waiting]
 
 
 def alone(prompt, params, gamma: int = 0) -> list[int]:
@@ -45,14 +46,16 @@ def alone(prompt, params, gamma: int = 0) -> list[int]:
 
 def check(engine: Engine) -> None:
     """What holds between any two steps."""
-    scheduler, blocks = engine._scheduler, blocks_of(engine)
-    held = [block for request in scheduler.running for block in request.blocks]
-    assert len(set(held)) == len(held)
+    scheduler, blocks = engine.scheduler, blocks_of(engine)
+    held = Counter(block for request in scheduler.running for block in request.blocks)
     assert len(held) + blocks.num_free == blocks.num_blocks
+    assert all(blocks.count(block) == number for block, number in held.items())
     for request in scheduler.running:
         assert not request.is_finished
         assert 0 <= request.committed < request.num_tokens <= request.max_total
         assert blocks_for(request.committed) <= len(request.blocks)
+        # what may still be written belongs to one request alone
+        assert all(held[block] == 1 for block in request.blocks[request.committed // BLOCK_SIZE :])
     for request in scheduler.waiting:
         assert not request.is_finished
         assert (request.blocks, request.committed) == ([], 0)
@@ -141,6 +144,22 @@ def test_the_row_budget_is_shared_and_no_draft_is_shortened():
         drain(single)
         assert request.output == same.output
         assert (request.num_cycles, request.num_drafted) == (same.num_cycles, same.num_drafted)
+
+
+def test_a_long_prompt_never_stops_an_answer():
+    engine, runner = make(max_batch=3, max_rows=1, gamma=2, num_blocks=200)
+    young = [engine.add([index], greedy(60)) for index in range(2)]
+    engine.step()
+    long = engine.add([7] * 600, greedy(5))
+    engine.scheduler.running.insert(0, engine.scheduler.waiting.pop())  # as if it had come first
+    while not long.output:
+        before = [len(request.output) for request in young]
+        engine.step()
+        for request, number in zip(young, before, strict=True):
+            assert request.is_finished or len(request.output) > number
+        assert runner.rows_per_verify[-1] <= 3 * (MAX_GAMMA + 1)
+    drain(engine)
+    assert long.output == alone(long.prompt, greedy(5))
 
 
 # Preemption

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qspec_llm.bench.measure import run_in_turn
-from qspec_llm.engine.engine import Engine
+from qspec_llm.engine.engine import Engine, Gamma
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
 from qspec_llm.llm import LLM
@@ -33,7 +33,7 @@ class TargetResult:
 
 
 def decode(
-    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, gamma: int
+    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, gamma: Gamma
 ) -> TargetResult:
     """Generate the same prompts plainly, plainly again, and with drafts, step by step in turn.
 

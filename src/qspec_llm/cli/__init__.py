@@ -1,4 +1,4 @@
-"""The command line: `qspec generate | chat | inspect | collect-env`.
+"""The command line: `qspec generate | chat | serve | run-batch | inspect | bench | collect-env`.
 
 Parses options and reports errors; each command is a module that is imported when it is used.
 """
@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.version import __version__
@@ -82,10 +82,60 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     _add_bench(commands)
+    _add_serve(commands)
+    _add_run_batch(commands)
 
     env = _command(commands, "collect-env", "describe this machine, for bug reports")
     env.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    serve = _command(commands, "serve", "an OpenAI-compatible HTTP server")
+    _add_model_options(serve, gamma="auto")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 for all (default: %(default)s, this machine alone)",
+    )
+    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    serve.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="clients must send it; may be given more than once; QSPEC_API_KEY is the same and "
+        "does not show in the list of processes",
+    )
+    serve.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that requests may use (default: MODEL)",
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="completions that may wait; more get a 429 (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-body-bytes", type=int, default=4 << 20, metavar="N", help="(default: %(default)s)"
+    )
+    serve.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def _add_run_batch(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    batch = _command(commands, "run-batch", "answer an OpenAI batch file without a server")
+    _add_model_options(batch, gamma="auto")
+    batch.add_argument("-i", "--input-file", required=True, metavar="FILE", help="JSON Lines")
+    batch.add_argument("-o", "--output-file", required=True, metavar="FILE", help="JSON Lines")
+    batch.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that requests may use (default: MODEL)",
+    )
 
 
 def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -116,6 +166,8 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     steps.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
     steps.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
 
+    _add_bench_serve(kinds)
+
     text = "tokens per second, plain and speculative, for every target"
     decode = kinds.add_parser("decode", help=text, description=text, allow_abbrev=False)
     decode.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
@@ -138,7 +190,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--batches", type=int, nargs="+", default=[1], metavar="N", help="with --shape"
     )
     decode.add_argument("--max-tokens", type=int, default=64, metavar="N")
-    decode.add_argument("--gamma", type=int, default=2, metavar="N")
+    decode.add_argument("--gamma", type=_gamma, default=2, metavar="N")
     decode.add_argument("--max-batch", type=int, default=1, metavar="N")
 
     for parser in (steps, decode):
@@ -152,6 +204,42 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
         parser.add_argument("--group", type=int, default=32, metavar="G")
         _add_machine_options(parser)
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _add_bench_serve(kinds: "argparse._SubParsersAction[Any]") -> None:
+    text = "load on a server: latencies and throughput as clients see them"
+    serve = kinds.add_parser("serve", help=text, description=text, allow_abbrev=False)
+    serve.add_argument("model", nargs="?", metavar="MODEL", help=f"serve this one: {MODEL_HELP}")
+    serve.add_argument("--url", help="a server that runs already, instead")
+    serve.add_argument("--model-name", metavar="NAME", help="the model's name there")
+    serve.add_argument("--key", help="the server's API key")
+    serve.add_argument("--target", default="auto", choices=("auto", "int4", "int8", "bf16"))
+    serve.add_argument("--gamma", type=_gamma, default="auto", metavar="N")
+    serve.add_argument("--max-batch", type=int, default=16, metavar="N")
+    serve.add_argument("--threads", type=int, metavar="N")
+    serve.add_argument("--requests", type=int, default=64, metavar="N")
+    serve.add_argument(
+        "--concurrency", type=int, default=16, metavar="N", help="clients of a closed loop"
+    )
+    serve.add_argument(
+        "--rate", type=float, metavar="R", help="open loop: requests a second, at random"
+    )
+    serve.add_argument("--prompt-words", type=int, default=48, metavar="N")
+    serve.add_argument(
+        "--shared-words", type=int, default=0, metavar="N", help="that all prompts begin with"
+    )
+    serve.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    serve.add_argument(
+        "--no-stream", action="store_true", help="answers at once: clients cost less then"
+    )
+    serve.add_argument("--body", metavar="JSON", help="more options of each request")
+    serve.add_argument("--seed", type=int, default=0)
+    serve.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before")
+    serve.add_argument(
+        "--offline", action="store_true", help="also do the same work without a server"
+    )
+    serve.add_argument("--plot", metavar="DIR", help="draw PNG files there")
+    serve.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def _command(
@@ -178,7 +266,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, gamma: str | int | None = None) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_target_options(parser)
     parser.add_argument(
@@ -189,9 +277,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gamma",
-        type=int,
+        type=_gamma,
+        default=gamma,
         metavar="N",
-        help="tokens drafted in each cycle, 0 to decode plainly (default: 2 for bf16, else 0)",
+        help="tokens drafted in each cycle, 0 to decode plainly, auto for whatever pays best "
+        f"at the moment (default: {gamma or '2 for bf16, else 0'})",
     )
     _add_machine_options(parser)
     parser.add_argument(
@@ -199,6 +289,16 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-tokens-in-kv", type=int, default=16384, metavar="N", help="tokens the KV cache holds"
+    )
+    parser.add_argument(
+        "--kv-cache-bytes", type=_bytes, metavar="N", help="its size instead, 512M or 4G also"
+    )
+    parser.add_argument(
+        "--max-rows",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens computed in one step; longer prompts take several (default: %(default)s)",
     )
 
 
@@ -232,6 +332,17 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
     parser.add_argument("--seed", type=int, metavar="S", help="same seed, same text")
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes, with K, M or G for powers of 1024."""
+    unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper())
+    return int(text) if unit is None else int(text[:-1]) << unit
+
+
+def _gamma(text: str) -> int | str:
+    """A number, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def _shape(text: str) -> tuple[int, int]:

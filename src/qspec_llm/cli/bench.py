@@ -9,6 +9,7 @@ from typing import Any
 from qspec_llm.bench import decode, kernels, shapes, steps, synthetic
 from qspec_llm.cli.common import progress_bar, read_prompt_file
 from qspec_llm.config import EngineConfig
+from qspec_llm.engine.engine import Gamma
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
@@ -28,10 +29,21 @@ SYNTHETIC = "synthetic acceptance (a coin decides, not the model)"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run `qspec bench kernels`, `steps` or `decode`."""
-    report = {"kernels": _kernels, "steps": _steps, "decode": _decode}[args.bench](args)
+    """Run `qspec bench kernels`, `steps`, `decode` or `serve`."""
+    kinds = {"kernels": _kernels, "steps": _steps, "decode": _decode, "serve": _serve}
+    report = kinds[args.bench](args)
     if args.json:
         print(json.dumps(report))
+
+
+def _serve(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        from qspec_llm.cli import bench_serve
+    except ImportError as error:
+        raise QSpecError(
+            f"bench serve needs {error.name}; install it with `pip install qspec-llm[server]`"
+        ) from None
+    return bench_serve.run(args)
 
 
 def _engine(args: argparse.Namespace, target: Target) -> EngineConfig:
@@ -283,7 +295,7 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _show_decode(target: str, gamma: int, result: decode.TargetResult) -> None:
+def _show_decode(target: str, gamma: Gamma, result: decode.TargetResult) -> None:
     verdict = "identical" if result.identical else "NOT IDENTICAL"
     rate = "none" if result.acceptance_rate is None else f"{result.acceptance_rate:.3f}"
     print(

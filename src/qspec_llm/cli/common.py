@@ -62,6 +62,8 @@ def load(args: argparse.Namespace) -> LLM:
             group=args.group,
             max_batch=args.max_batch,
             max_tokens_in_kv=args.max_tokens_in_kv,
+            kv_cache_bytes=args.kv_cache_bytes,
+            max_rows=args.max_rows,
             threads=args.threads,
             isa=args.isa,
             backend=args.backend,

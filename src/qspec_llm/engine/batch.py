@@ -12,8 +12,9 @@ __all__ = ["Batch", "Span"]
 class Span:
     """Tokens of one request at consecutive positions from `start`.
 
-    `num_logits` is how many of its last rows' logits are wanted; `gamma` how many tokens may be
-    drafted after it.
+    `num_logits` is how many of its last rows' logits are wanted; the first `num_scored` of them
+    only say how likely the next prompt token was. `gamma` is how many tokens may be drafted after
+    it.
     """
 
     request: Request
@@ -21,6 +22,7 @@ class Span:
     tokens: tuple[int, ...]
     num_logits: int
     gamma: int = 0
+    num_scored: int = 0
 
     @property
     def stop(self) -> int:

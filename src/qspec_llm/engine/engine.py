@@ -4,12 +4,15 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from qspec_llm.engine.accept import Accepted, accept, in_order
 from qspec_llm.engine.batch import Span
+from qspec_llm.engine.costs import StepCosts
 from qspec_llm.engine.draft import draft
 from qspec_llm.engine.emit import Emission, emit
+from qspec_llm.engine.gamma import GammaChooser
+from qspec_llm.engine.grammar import Grammar
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
 from qspec_llm.engine.runner import Runner
@@ -19,7 +22,9 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.kv.blocks import BLOCK_SIZE, BlockAllocator
 from qspec_llm.weights.view import VERIFY, View
 
-__all__ = ["MAX_GAMMA", "Advancer", "Engine", "StepSeconds", "check_gamma"]
+__all__ = ["MAX_GAMMA", "MAX_ROWS", "Advancer", "Engine", "Gamma", "StepSeconds", "check_gamma"]
+
+Gamma = int | Literal["auto"]  # tokens to draft in each cycle, or whatever pays best at the moment
 
 MAX_GAMMA = 16  # tokens drafted in a cycle
 MAX_ROWS = 512  # rows computed in a step: a longer prompt is processed in chunks
@@ -56,10 +61,12 @@ class Engine:
         runner: the decoder and its cache.
         tokenizer: turns output tokens into text.
         draft_view: the view that proposes.
-        gamma: tokens to draft in each cycle, unless a request says otherwise; 0 for none.
+        gamma: tokens to draft in each cycle, unless a request says otherwise; 0 for none; "auto"
+            for the choice of `engine.gamma` before each cycle.
         max_batch: requests that run at once.
         max_rows: rows computed in one step.
         graphs: makes what runs whole cycles at once, where the backend has that; None for none.
+        costs: what steps cost here; needed where any request has "auto".
     """
 
     def __init__(
@@ -68,19 +75,21 @@ class Engine:
         tokenizer: Tokenizer,
         draft_view: View,
         *,
-        gamma: int,
+        gamma: Gamma,
         max_batch: int,
         max_rows: int = MAX_ROWS,
         graphs: Callable[[BlockAllocator], Advancer] | None = None,
+        costs: StepCosts | None = None,
     ) -> None:
         num_blocks = runner.kv[0].keys.shape[0] // BLOCK_SIZE
         self.seconds = StepSeconds()
         self._runner, self._tokenizer, self._draft_view = runner, tokenizer, draft_view
-        self._gamma = check_gamma(gamma)
+        self.gammas = GammaChooser(costs)
+        self._gamma = self._check_gamma(gamma)
         # room for every running request's cycle, so that load never shortens a draft
         max_rows = max(max_rows, max_batch * (MAX_GAMMA + 1))
         blocks = BlockAllocator(num_blocks)
-        self._scheduler = Scheduler(blocks, max_batch, max_rows)
+        self.scheduler = Scheduler(blocks, max_batch, max_rows)
         self.cycles = graphs(blocks) if graphs is not None else None
         self._cache_tokens = num_blocks * BLOCK_SIZE
         self._num_requests = 0
@@ -88,25 +97,31 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return self._scheduler.has_work
+        return self.scheduler.has_work
 
     def add(
         self,
         prompt: Sequence[int],
         params: SamplingParams,
         *,
-        gamma: int | None = None,
+        gamma: Gamma | None = None,
         sample: int = 0,
         seed: int | None = None,
+        salt: bytes = b"",
+        grammar: Grammar | None = None,
     ) -> Request:
         """Queue one completion of a prompt.
 
         Args:
             prompt: token ids.
             params: sampling options; `params.n` is the caller's to expand, by `sample`.
-            gamma: tokens to draft in each cycle; the engine's own by default.
+            gamma: tokens to draft in each cycle; the engine's own by default. Under "auto" a seeded
+                request that samples does not draft, since its tokens depend on gamma and gamma on
+                the load.
             sample: which of the prompt's completions this is.
             seed: key of its draws; `params.seed`, or a fresh one, by default.
+            salt: requests with different salts share no cached blocks.
+            grammar: what the output must follow, at its beginning.
 
         Raises:
             QSpecError: the prompt is empty, has a token outside the vocabulary, or does not fit.
@@ -114,7 +129,11 @@ class Engine:
         config = self._runner.decoder.config
         if not prompt:
             raise QSpecError("the prompt is empty; it needs at least one token")
-        for what, tokens in (("the prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
+        for what, tokens in (
+            ("the prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
             for token in tokens:
                 if not 0 <= token < config.vocab_size:
                     raise QSpecError(
@@ -129,36 +148,50 @@ class Engine:
                     f"the prompt has {len(prompt)} tokens, but {what} holds {limit}, "
                     "the answer included"
                 )
+        if grammar is not None and (params.min_tokens or params.ignore_eos):
+            raise QSpecError("a grammar decides where the answer ends: no min_tokens or ignore_eos")
         longest = min(config.context_length, self._cache_tokens)
         end_ids = () if params.ignore_eos else config.eos_token_ids
         if seed is None:
             seed = params.seed if params.seed is not None else secrets.randbits(64)
+        gamma = self._gamma if gamma is None else self._check_gamma(gamma)
+        is_auto = gamma == "auto" and (params.is_greedy or params.seed is None)
         request = Request(
             request_id=self._num_requests,
             prompt=tuple(prompt),
             params=params,
             seed=seed,
             sample=sample,
-            gamma=self._gamma if gamma is None else check_gamma(gamma),
+            gamma=0 if gamma == "auto" else gamma,
+            is_auto=is_auto,
+            salt=salt,
+            grammar=grammar,
             max_total=min(len(prompt) + params.max_tokens, longest),
             stop_ids=frozenset((*end_ids, *params.stop_token_ids)),
             text=TextStream(self._tokenizer, tuple(params.stop)),
         )
         self._num_requests += 1
-        self._scheduler.add(request)
+        self.scheduler.add(request)
         return request
+
+    def _check_gamma(self, gamma: Gamma) -> Gamma:
+        if gamma == "auto" and self.gammas.costs is None:
+            raise QSpecError("gamma is 'auto', but the engine was given no step costs")
+        return gamma if gamma == "auto" else check_gamma(gamma)
 
     def abort(self, request_id: int) -> Request | None:
         """End a request now; None if it has finished or never was."""
-        request = self._scheduler.abort(request_id)
+        request = self.scheduler.abort(request_id)
         if request is not None:
             request.text.finish()
+            self.gammas.forget(request_id)
         return request
 
     def step(self) -> list[Emission]:
         """One cycle: draft, verify, accept, commit. Returns what became certain."""
         started = time.perf_counter()
-        batch = self._scheduler.schedule()
+        self.gammas.choose(self.scheduler.running)
+        batch = self.scheduler.schedule()
         num_before = [len(span.request.output) for span in batch.spans]
         advancing = time.perf_counter()
         advanced = self.cycles.advance(batch.spans) if self.cycles is not None else {}
@@ -169,7 +202,9 @@ class Engine:
         logits = self._runner.forward(rest.extend(drafts.tokens), VERIFY)  # overwrites draft KV
         accepting = time.perf_counter()
         accepted = in_order(batch, advanced, accept(rest, drafts, logits))
-        self._scheduler.commit(batch, accepted)
+        committing = time.perf_counter()
+        self.scheduler.commit(batch, accepted)
+        self.gammas.learn(batch, accepted, verifying - drafting, committing - verifying)
         emissions = emit(batch, accepted, num_before)
         self.seconds.cycles += drafting - advancing
         self.seconds.draft += verifying - drafting

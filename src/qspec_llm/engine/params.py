@@ -1,6 +1,7 @@
 """What a caller may ask of one request."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from qspec_llm.errors import QSpecError
@@ -17,12 +18,13 @@ LIMITS: dict[str, tuple[type, float, float | None]] = {
     "min_p": (float, 0, 1),
     "seed": (int, -(2**63), 2**64 - 1),
     "logprobs": (int, 0, 20),
-    "repetition_penalty": (float, 0, 100),
+    "prompt_logprobs": (int, 0, 20),
+    "repetition_penalty": (float, 0.01, 100),
     "presence_penalty": (float, -2, 2),
     "frequency_penalty": (float, -2, 2),
     "n": (int, 1, 64),
 }
-OPTIONAL = ("seed", "logprobs")
+OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,9 @@ class SamplingParams:
         ignore_eos: do not end at the model's own end tokens.
         logprobs: return the log-probabilities of the chosen token and of this many most likely
             ones, from the verify view, before penalties and temperature; None for none.
+        prompt_logprobs: the same for the prompt's tokens, its first excepted; such a prompt is
+            computed whole, whatever the cache holds of it.
+        logit_bias: added to the logits of these tokens, -100 to 100.
         repetition_penalty: divide positive logits of tokens seen in prompt or output by it and
             multiply negative ones (CTRL, Keskar et al. 2019, section 4.1); 1 is off.
         presence_penalty: subtract it from logits of tokens seen in the output.
@@ -60,6 +65,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -71,6 +78,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, (kind, low, high) in LIMITS.items():
             _check(name, getattr(self, name), kind, low, high)
+        for token, bias in self.logit_bias.items():
+            _check(f"logit_bias of token {token}", bias, float, -100, 100)
         if self.min_tokens > self.max_tokens:
             raise QSpecError(f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
         for name in ("top_p", "repetition_penalty"):

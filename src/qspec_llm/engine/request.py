@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qspec_llm.engine.grammar import Grammar
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.text import TextStream
+from qspec_llm.kv.blocks import BLOCK_SIZE, extend_keys
 
 __all__ = ["FinishReason", "Request", "TokenLogprobs"]
 
@@ -37,9 +39,12 @@ class Request:
         seed: 64-bit key of this request's random streams.
         sample: which of the `n` completions this is, the second key of its streams.
         gamma: tokens to draft in each cycle.
+        is_auto: the engine chooses `gamma` anew before each cycle.
         max_total: tokens at which it ends, prompt included (max_tokens, context and cache size).
         stop_ids: tokens that end it.
         text: decodes its output and watches for stop strings.
+        salt: requests with different salts share no cached blocks.
+        grammar: what its output must follow.
     """
 
     request_id: int
@@ -51,18 +56,25 @@ class Request:
     max_total: int
     stop_ids: frozenset[int]
     text: TextStream
+    is_auto: bool = False
+    salt: bytes = b""
+    grammar: Grammar | None = None
 
     output: list[int] = field(default_factory=list)
     is_drafted: list[bool] = field(default_factory=list)  # of each output token: an accepted draft
     committed: int = 0
     blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks, see `block_keys`
+    num_cached: int = 0  # positions whose KV was found when it was first admitted
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
     # what speculation did: cycles that drafted or not, tokens drafted, of those tested, accepted
     num_cycles: int = 0
     num_drafted: int = 0
     num_tested: int = 0
     num_accepted: int = 0
+    cycles_by_accepted: dict[int, int] = field(default_factory=dict)  # of the cycles that drafted
 
     @property
     def num_tokens(self) -> int:
@@ -79,6 +91,11 @@ class Request:
         """Whether nothing more will be generated."""
         return self.finish_reason is not None
 
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still being computed."""
+        return self.params.prompt_logprobs is not None and not self.output
+
     def tokens(self, start: int, stop: int) -> Sequence[int]:
         """Known tokens at positions start .. stop - 1."""
         num_prompt = len(self.prompt)
@@ -87,6 +104,14 @@ class Request:
         if start >= num_prompt:
             return self.output[start - num_prompt : stop - num_prompt]
         return [*self.prompt[start:], *self.output[: stop - num_prompt]]
+
+    def block_keys(self) -> Sequence[bytes]:
+        """Keys of the blocks that the known tokens fill (`kv.blocks.extend_keys`)."""
+        start = len(self.keys) * BLOCK_SIZE
+        if self.num_tokens - start >= BLOCK_SIZE:
+            tokens = self.tokens(start, self.num_tokens)
+            extend_keys(self.keys, tokens, len(self.prompt), self.salt)
+        return self.keys
 
     def append(self, token: int, *, is_drafted: bool = False) -> None:
         """Add one generated token and finish the request if it is the last."""

@@ -1,7 +1,7 @@
 """From logits to the distribution a token is drawn from, and the draw. Pure functions of tensors.
 
-The order is vLLM's: penalties, temperature, min-p, top-k, top-p. Draft and verify logits go through
-the same functions, so both distributions have the same support rules.
+The order is vLLM's: penalties, bias, temperature, min-p, top-k, top-p. Draft and verify logits go
+through the same functions, so both distributions have the same support rules.
 """
 
 from collections import Counter
@@ -16,10 +16,11 @@ from qspec_llm.engine.request import Request
 __all__ = ["adjust", "argmax", "pick", "probabilities"]
 
 FIRST_RANKED = 128  # tokens that top-p ranks at first
+LEAST_TEMPERATURE = 1e-30  # below it float32 has no numbers to divide by
 
 
 def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
-    """Apply penalties and min_tokens to the logits of consecutive positions of one request.
+    """Apply penalties, bias, min_tokens and grammar to logits of one request's next positions.
 
     Args:
         logits: [L, vocabulary]; the last row decides the token after all of `drafted`, each row
@@ -37,11 +38,18 @@ def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
         logits = torch.stack(
             [_penalise(row, request, drafts) for row, drafts in zip(logits, histories, strict=True)]
         )
+    if params.logit_bias:
+        bias = torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        logits = logits.clone()
+        logits[:, list(params.logit_bias)] += bias
     short = [len(request.output) + len(drafts) < params.min_tokens for drafts in histories]
     if any(short) and request.stop_ids:
         logits = logits.clone()
         rows = torch.tensor(short).nonzero()
         logits[rows, torch.tensor(sorted(request.stop_ids))] = -torch.inf
+    if request.grammar is not None:
+        allowed = [request.grammar.allowed([*request.output, *drafts]) for drafts in histories]
+        logits = logits.masked_fill(~torch.stack(allowed).to(logits.device), -torch.inf)
     return logits
 
 
@@ -72,7 +80,7 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution to draw from at a temperature above 0: logits [L, V] to [L, V] float32."""
     # the largest becomes 0, so that no temperature is too small to divide by
     centred = logits.float() - logits.amax(-1, keepdim=True)
-    probs = torch.softmax(centred / params.temperature, dim=-1)
+    probs = torch.softmax(centred / max(params.temperature, LEAST_TEMPERATURE), dim=-1)
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0)
     if 0 < params.top_k < probs.shape[-1]:
@@ -101,6 +109,7 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
             break
         size *= 8
     is_in = before < top_p
+    is_in[:, 0] = True  # a top_p below float32's range is 0 in this comparison
     smallest = ranked.gather(-1, is_in.sum(-1, keepdim=True) - 1)
     num_equal = (is_in & (ranked == smallest)).sum(-1, keepdim=True)
     is_equal = probs == smallest
