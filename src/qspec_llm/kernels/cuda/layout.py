@@ -29,7 +29,6 @@ from qspec_llm.weights.pack import pack_nibbles, unpack_nibbles
 from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored
 
 __all__ = [
-    "DENSE_BYTES",
     "TILE_COLS",
     "TILE_ROWS",
     "PackedDense",
@@ -37,7 +36,6 @@ __all__ = [
     "PackedPlain",
     "PackedPlanes",
     "pack",
-    "tile_bytes",
     "unpack",
 ]
 

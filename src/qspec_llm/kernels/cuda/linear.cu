@@ -1,10 +1,9 @@
 // out [tokens, rows] = x [tokens, columns] times packed weights, transposed; up to 128 tokens a pass.
 //
 // A block owns P panels side by side (16 P rows) and one of S ranges of columns; the S blocks of a
-// cluster own the ranges of the same rows. Every warp streams the weights of its own panels through a
-// ring of its own in shared memory, COLS tiles of columns at a time, and refills what it has read; one
-// more warp feeds x, which all share. Weights do not depend on earlier kernels, so the rings are filled
-// before those have ended.
+// cluster own the ranges of the same rows. One warp feeds a ring of stages in shared memory, COLS tiles
+// of columns of every panel and of x at a time; the others multiply, each its own panels. Weights do
+// not depend on earlier kernels, so the ring is filled before those have ended.
 //
 // A row of x meets the weights in an order that depends on the matrix alone: groups of columns one
 // after the other within a range, then the ranges in order. The number of tokens changes only which
@@ -13,10 +12,13 @@
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
 //   NT    tiles of 8 tokens      RT     panels a warp (1 or 2)
-//   COLS  tiles a stage
+//   COLS  tiles a stage          WGMMA  products by warpgroups: RT = 1, warps a multiple of 4
 //   THREADS, BLOCKS  launch bounds
 
 #include "tile.cuh"
+#if WGMMA
+#include "wgmma.cuh"
+#endif
 
 #define TOKENS (NT * 8)
 #if ACT == 8
@@ -31,7 +33,18 @@
 #define X_STAGE ((COLS * (X_BYTES + META_BYTES) + 1023) / 1024 * 1024)
 #define PANEL_BYTES (COLS * (BASE_BYTES + REST_BYTES))
 #define MAX_STAGES 16
-#define MAX_WARPS 29
+#if WGMMA
+#define FEED_WARPS 4  // one feeds; registers are dealt out by warpgroups
+// A block's registers at its start, a multiple of 8 a thread, are all there are to deal out.
+#define FEED_REGISTERS 40
+#define START_REGISTERS (65536 / THREADS / 8 * 8 * (THREADS / 32))
+#define MULTIPLY_REGISTERS \
+  ((START_REGISTERS - FEED_WARPS * FEED_REGISTERS) / (THREADS / 32 - FEED_WARPS) / 8 * 8)
+#define DEALS_REGISTERS (THREADS > 256)
+#else
+#define FEED_WARPS 1
+#define DEALS_REGISTERS 0
+#endif
 #define PART_TILES (NT < 4 ? NT : 4)  // token tiles that are reduced at a time
 #define PART_TOKENS (PART_TILES * 8)
 #define PART_STRIDE (PART_TOKENS + 2)
@@ -164,6 +177,48 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #endif
         }
       }
+#if WGMMA
+      int d[NT][4];
+#if BITS == 8
+      int high[NT][4];
+#endif
+      wgmma_begin();
+#pragma unroll
+      for (int step = sub; step < sub + SUBGROUP / 32; step++) {
+        const u64 b = x_descriptor(tile.x + h * 64 + step * 32);
+#if BITS == 8
+        wgmma_u8s8(high, a[0][step], b, step > sub);
+        wgmma_u8s8(d, fine[0][step], b, step > sub);
+#else
+        wgmma_u8s8(d, a[0][step], b, step > sub);
+#endif
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      hold(d);
+#if BITS == 8
+      hold(high);
+#endif
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        const uint4 m = load_shared4(tile.meta + (act_group * TOKENS + n * 8 + 2 * l.t) * 8);
+        const float xs0 = __uint_as_float(m.x), xs1 = __uint_as_float(m.z);
+        const int z0 = -LEVEL_ZERO * (int)m.y, z1 = -LEVEL_ZERO * (int)m.w;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float xs = i & 1 ? xs1 : xs0;
+          int level = d[n][i] + (i & 1 ? z1 : z0);
+#if BITS == 8
+          level += 16 * high[n][i];
+#endif
+          acc[0][n][i] = fmaf((float)level, xs * scale[0][i >> 1], acc[0][n][i]);
+#if HAS_SHIFT
+          const float sum = (float)(int)(i & 1 ? m.w : m.y);
+          acc[0][n][i] = fmaf(sum * xs, shift[0][i >> 1], acc[0][n][i]);
+#endif
+        }
+      }
+#else
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         u32 b[4];
@@ -210,6 +265,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
           }
         }
       }
+#endif
     }
   }
 }
@@ -247,6 +303,24 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #endif
       }
     }
+#if WGMMA
+    float d[NT][4];
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < steps; step++) {
+      const int at_step = group * steps + step, h = at_step / 4;
+      const u32 x = tile.x + h * (X_BYTES / 2) + at_step % 4 * 32;
+      wgmma_bf16(d, a[0][step], x_descriptor(x), step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(d);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) acc[0][n][i] = fmaf(d[n][i], scale[0][i >> 1], acc[0][n][i]);
+    }
+#else
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       float d[RT][4] = {};
@@ -279,6 +353,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
         }
       }
     }
+#endif
   }
 }
 #else
@@ -313,6 +388,24 @@ DEVICE void weights_of(u32 (&a)[4][4], const Lane& l, u32 base, u32 rest, int h)
 #endif
 }
 
+#if WGMMA
+// One half is decoded while the products of the other run.
+DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
+  u32 a[2][4][4];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    weights_of(a[h], l, tile.base[0], tile.rest[0], h);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      wgmma_bf16(acc[0], a[h][step], x_descriptor(tile.x + h * (X_BYTES / 2) + step * 32), 1);
+    }
+    wgmma_commit();
+  }
+  wgmma_wait<0>();
+  hold(acc[0]);
+}
+#else
 DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -333,6 +426,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, const Tile& tile) {
     }
   }
 }
+#endif
 #endif
 
 // ---- results -------------------------------------------------------------------------------------
@@ -362,6 +456,8 @@ DEVICE void finish_rows(const Problem& p, const Share& s, int row_block, bool is
                         Exchange& e) {
   const int rows = p.panels * TILE_ROWS, splits = 1 << p.log_splits;
   const int slice = rows >> p.log_splits, thread = warp * 32 + l.lane;
+  // neighbouring threads store neighbouring rows of one token; there are as many threads as rows
+  const int my_row = thread % slice, my_token = thread / slice, tokens_at_once = threads / slice;
 #pragma unroll
   for (int n0 = 0; n0 < NT; n0 += PART_TILES) {
 #if HAS_BULK_COPY
@@ -403,18 +499,17 @@ DEVICE void finish_rows(const Problem& p, const Share& s, int row_block, bool is
 #else
     sync_consumers(threads);
 #endif
-    const int first_row = row_block * rows + s.rank * slice;
-    for (int item = thread; item < slice * PART_TOKENS; item += threads) {
-      // neighbouring threads write neighbouring rows of one token
-      const int token = item / slice, row = item % slice;
-      float sum = load_shared(e.parts + (row * PART_STRIDE + token) * 4);
+    const int row_of_matrix = row_block * rows + s.rank * slice + my_row;
+    const int tokens = min(PART_TOKENS, p.num_tokens - s.first_token - n0 * 8);
+    const bool has_row = row_of_matrix < p.num_rows && my_token < tokens_at_once;
+    const float bias = bias_of(p, row_of_matrix);
+    for (int token = has_row ? my_token : tokens; token < tokens; token += tokens_at_once) {
+      float sum = load_shared(e.parts + (my_row * PART_STRIDE + token) * 4);
       for (int r = 1; r < splits; r++) {
-        sum += load_shared(e.parts + ((r * slice + row) * PART_STRIDE + token) * 4);
+        sum += load_shared(e.parts + ((r * slice + my_row) * PART_STRIDE + token) * 4);
       }
-      const int token_of_x = s.first_token + n0 * 8 + token, row_of_matrix = first_row + row;
-      if (token_of_x >= p.num_tokens || row_of_matrix >= p.num_rows) continue;
-      sum += bias_of(p, row_of_matrix);
-      const size_t at = (size_t)token_of_x * p.num_rows + row_of_matrix;
+      sum += bias;
+      const size_t at = (size_t)(s.first_token + n0 * 8 + token) * p.num_rows + row_of_matrix;
       if (p.out_is_float) ((float*)p.out)[at] = sum;
       else ((u16*)p.out)[at] = float_to_bf16(sum);
     }
@@ -466,43 +561,60 @@ DEVICE void multiply_stage(Accumulators& acc, const Lane& l, u32 x, u32 weights,
 #if HAS_BULK_COPY
 // ---- feeding, with a copy engine -----------------------------------------------------------------
 
-// A warp's own ring of weights. Only lane 0 copies; `next` is what it fetches next.
-struct Stream {
-  u32 ring, bars;
-  int block, step;  // next: row block and step of columns
+struct Ring {
+  u32 stages, full, empty;  // barriers: 8 bytes a stage
+  int stage_bytes;
+};
+
+// The feeding warp's place. Lane i copies the weights of panel i of the block.
+struct Cursor {
+  const u8* base;
+  const u8* rest;
+  int block, step, panels;
   Slot slot;
 
-  // Fetch one stage, if there is one more. A panel beyond the matrix has none.
-  DEVICE void fetch(const Problem& p, const Share& s, int warp, u64 policy) {
-    if (block >= p.num_blocks) return;
-    const int first = block * p.panels + warp * RT;
-    const int panels = min(RT, min(p.num_row_tiles - first, p.panels - warp * RT));
-    const int count = min(COLS, s.num_tiles - step * COLS);
-    if (panels > 0) {
-      const u32 bar = bars + slot.index * 8;
-      barrier_expect(bar, panels * count * (BASE_BYTES + REST_BYTES));
-      for (int q = 0; q < panels; q++) {
-        const size_t tile =
-            (size_t)(first + q) * p.num_col_tiles + s.first_tile + step * COLS;
-        const u32 to = ring + (slot.index * RT + q) * PANEL_BYTES;
-        bulk_load(to, p.base + tile * BASE_BYTES, count * BASE_BYTES, bar, policy);
-#if REST_BYTES
-        bulk_load(to + COLS * BASE_BYTES, p.rest + tile * REST_BYTES, count * REST_BYTES, bar,
-                  policy);
-#endif
-      }
-      slot.advance(p.num_stages);
-    }
-    if (++step == s.num_steps) step = 0, block += s.block_step;
+  DEVICE void enter(const Problem& p, const Share& s, int to_block, int lane) {
+    block = to_block, step = 0;
+    const int first = block * p.panels;
+    panels = min(p.panels, p.num_row_tiles - first);
+    const size_t tile = (size_t)(first + lane) * p.num_col_tiles + s.first_tile;
+    base = p.base + tile * BASE_BYTES;
+    rest = p.rest + tile * REST_BYTES;
+  }
+
+  DEVICE bool has_more(const Problem& p) const { return block < p.num_blocks; }
+
+  DEVICE int count(const Share& s) const { return min(COLS, s.num_tiles - step * COLS); }
+
+  DEVICE void advance(const Problem& p, const Share& s, int lane) {
+    slot.advance(p.num_stages);
+    base += COLS * BASE_BYTES, rest += COLS * REST_BYTES;
+    if (++step == s.num_steps) enter(p, s, block + s.block_step, lane);
   }
 };
 
-DEVICE void fetch_x(const Problem& p, const Share& s, const TensorMap* map, u32 to, u32 bar,
-                    int step, int lane) {
-  const int tile = s.first_tile + step * COLS;
-  const int count = min(COLS, s.num_tiles - step * COLS);
-  if (lane == 0) barrier_expect(bar, count * (X_BYTES + META_BYTES));
+DEVICE void feed_weights(const Cursor& c, const Share& s, const Ring& ring, int lane, u64 policy) {
+  const u32 bar = ring.full + c.slot.index * 8;
+  const int count = c.count(s);
+  if (lane == 0) {
+    barrier_expect(bar, count * (c.panels * (BASE_BYTES + REST_BYTES) + X_BYTES + META_BYTES));
+  }
   __syncwarp();
+  if (lane < c.panels) {
+    const u32 to = ring.stages + c.slot.index * ring.stage_bytes + X_STAGE + lane * PANEL_BYTES;
+    bulk_load(to, c.base, count * BASE_BYTES, bar, policy);
+#if REST_BYTES
+    bulk_load(to + COLS * BASE_BYTES, c.rest, count * REST_BYTES, bar, policy);
+#endif
+  }
+  __syncwarp();
+}
+
+DEVICE void feed_x(const Cursor& c, const Problem& p, const Share& s, const Ring& ring,
+                   const TensorMap* map, int lane) {
+  const u32 bar = ring.full + c.slot.index * 8;
+  const u32 to = ring.stages + c.slot.index * ring.stage_bytes;
+  const int tile = s.first_tile + c.step * COLS, count = c.count(s);
 #if ACT == 8
   if (lane < count) {
     tensor_load(to + lane * X_BYTES, map, (tile + lane) * TILE_COLS, s.first_token, bar);
@@ -518,6 +630,7 @@ DEVICE void fetch_x(const Problem& p, const Share& s, const TensorMap* map, u32 
     tensor_load(to + lane * (X_BYTES / 2), map, tile * TILE_COLS + lane * 64, s.first_token, bar);
   }
 #endif
+  __syncwarp();
 }
 
 // The first tiles of every stream of the next linear, into the L2.
@@ -531,19 +644,28 @@ DEVICE void prefetch_ahead(const Ahead& a, int lane) {
   }
 }
 
-// What the feeding warp does: x of every stage of every row block, then a look at the next linear.
-DEVICE void feed_x(const Problem& p, const Share& s, const TensorMap* map, u32 x_ring, u32 x_full,
-                   u32 x_empty, int lane) {
+// Fill the ring with weights, wait until x may be read, then follow the warps that multiply.
+DEVICE void feed(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map,
+                 int lane) {
+  const u64 policy = evict_first_policy();
+  Cursor weights, x;
+  weights.slot = x.slot = {0, 0};
+  weights.enter(p, s, s.first_block, lane);
+  x.enter(p, s, s.first_block, lane);
+  for (int i = 0; i < p.num_stages && weights.has_more(p); i++) {
+    feed_weights(weights, s, ring, lane, policy);
+    weights.advance(p, s, lane);
+  }
   wait_for_earlier_kernels();
-  Slot slot = {0, 0};
-  bool is_first = true;
-  for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {
-    for (int step = 0; step < s.num_steps; step++) {
-      if (!is_first) barrier_wait(x_empty + slot.index * 8, slot.parity ^ 1);
-      fetch_x(p, s, map, x_ring + slot.index * X_STAGE, x_full + slot.index * 8, step, lane);
-      slot.advance(p.num_stages);
-      if (slot.parity) is_first = false;
-    }
+  for (int i = 0; i < p.num_stages && x.has_more(p); i++) {
+    feed_x(x, p, s, ring, map, lane);
+    x.advance(p, s, lane);
+  }
+  while (weights.has_more(p)) {
+    barrier_wait(ring.empty + weights.slot.index * 8, weights.slot.parity ^ 1);
+    feed_weights(weights, s, ring, lane, policy);
+    feed_x(weights, p, s, ring, map, lane);
+    weights.advance(p, s, lane);
   }
   if (p.ahead.depth) prefetch_ahead(p.ahead, lane);
 }
@@ -551,67 +673,59 @@ DEVICE void feed_x(const Problem& p, const Share& s, const TensorMap* map, u32 x
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     linear(const __grid_constant__ TensorMap map, const __grid_constant__ Problem p) {
   extern __shared__ u8 raw[];
-  __shared__ u64 barriers[(2 + MAX_WARPS) * MAX_STAGES + 2];
+  __shared__ u64 barriers[2 * MAX_STAGES + 2];
   launch_dependents();
-  const int warp = threadIdx.x / 32, consumers = blockDim.x / 32 - 1;
+  const int warp = threadIdx.x / 32, consumers = blockDim.x / 32 - FEED_WARPS;
   const Share s = my_share(p);
   const Lane l = my_lane();
-  const u32 x_ring = (smem_address(raw) + 1023) / 1024 * 1024;
-  const u32 weights = x_ring + p.num_stages * X_STAGE;
-  const u32 x_full = smem_address(barriers), x_empty = x_full + MAX_STAGES * 8;
-  const u32 w_full = x_empty + MAX_STAGES * 8 + warp * MAX_STAGES * 8;
-  const u32 ready = x_empty + (1 + MAX_WARPS) * MAX_STAGES * 8;
-  Stream stream = {weights + warp * p.num_stages * RT * PANEL_BYTES, w_full, s.first_block, 0, {}};
-  const u64 policy = evict_first_policy();
-  // every warp sets up its own barriers and lets its own weights come
-  if (l.lane == 0) {
-    if (warp == consumers) {
-      for (int i = 0; i < p.num_stages; i++) {
-        barrier_init(x_full + i * 8, 1);
-        barrier_init(x_empty + i * 8, consumers);
-      }
-      barrier_init(ready, 1);
-      barrier_init(ready + 8, 1 << p.log_splits);
-      barrier_expect(ready, p.panels * TILE_ROWS * PART_TOKENS * 4);
-    } else if (warp < consumers) {
-      for (int i = 0; i < p.num_stages; i++) barrier_init(w_full + i * 8, 1);
+  Ring ring;
+  ring.stages = (smem_address(raw) + 1023) / 1024 * 1024;
+  ring.full = smem_address(barriers), ring.empty = ring.full + MAX_STAGES * 8;
+  ring.stage_bytes = X_STAGE + (consumers * RT * PANEL_BYTES + 1023) / 1024 * 1024;
+  const u32 ready = ring.empty + MAX_STAGES * 8;
+  if (warp == consumers && l.lane == 0) {
+    for (int i = 0; i < p.num_stages; i++) {
+      barrier_init(ring.full + i * 8, 1);
+      barrier_init(ring.empty + i * 8, consumers);
     }
+    barrier_init(ready, 1);
+    barrier_init(ready + 8, 1 << p.log_splits);
+    barrier_expect(ready, p.panels * TILE_ROWS * PART_TOKENS * 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    if (warp < consumers) {
-      for (int i = 0; i < p.num_stages; i++) stream.fetch(p, s, warp, policy);
-    }
   }
   __syncwarp();
   if (p.log_splits) cluster_arrive();
   __syncthreads();
 
   if (warp >= consumers) {
-    if (warp == consumers) feed_x(p, s, &map, x_ring, x_full, x_empty, l.lane);
+#if DEALS_REGISTERS
+    // registers go from the warpgroup of the feeding warp to those that multiply
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEED_REGISTERS));
+#endif
+    if (warp == consumers) feed(p, s, ring, &map, l.lane);
     if (p.log_splits) cluster_wait();
     return;
   }
-  Exchange e = {weights + consumers * p.num_stages * RT * PANEL_BYTES, ready, ready + 8, 0};
-  Slot x_slot = {0, 0}, w_slot = {0, 0};
+#if DEALS_REGISTERS
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
+#endif
+  Exchange e = {ring.stages + p.num_stages * ring.stage_bytes, ready, ready + 8, 0};
+  Slot slot = {0, 0};
   for (int block = s.first_block; block < p.num_blocks; block += s.block_step) {
     const bool has_rows = warp * RT < p.panels && block * p.panels + warp * RT < p.num_row_tiles;
     Accumulators acc;
     clear(acc);
-    for (int step = 0; step < s.num_steps; step++) {
-      if (has_rows) barrier_wait(w_full + w_slot.index * 8, w_slot.parity);
-      barrier_wait(x_full + x_slot.index * 8, x_slot.parity);
-      if (has_rows) {
-        multiply_stage(acc, l, x_ring + x_slot.index * X_STAGE,
-                       stream.ring + w_slot.index * RT * PANEL_BYTES,
-                       min(COLS, s.num_tiles - step * COLS));
+    int left = s.num_tiles;
+    for (int step = 0; step < s.num_steps; step++, left -= COLS) {
+      const u32 x = ring.stages + slot.index * ring.stage_bytes;
+      barrier_wait(ring.full + slot.index * 8, slot.parity);
+      if (has_rows || WGMMA) {
+        multiply_stage(acc, l, x, x + X_STAGE + warp * RT * PANEL_BYTES, left);
       }
       __syncwarp();
-      if (l.lane == 0) {
-        barrier_arrive(x_empty + x_slot.index * 8);
-        if (has_rows) stream.fetch(p, s, warp, policy);
-      }
-      x_slot.advance(p.num_stages);
-      if (has_rows) w_slot.advance(p.num_stages);
+      if (l.lane == 0) barrier_arrive(ring.empty + slot.index * 8);
+      slot.advance(p.num_stages);
     }
     if (block == s.first_block) {
       wait_for_earlier_kernels();

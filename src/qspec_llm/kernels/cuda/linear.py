@@ -14,7 +14,7 @@ Activations are bf16; sums are float32.
 import ctypes
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,11 +38,9 @@ from qspec_llm.weights.view import VERIFY, Activation, View
 __all__ = [
     "MAX_TOKENS",
     "PROMPT_TILE",
-    "Form",
     "Plan",
     "Quantized",
     "Tuning",
-    "activation_group",
     "buffers",
     "can_run",
     "decoded",
@@ -63,7 +61,7 @@ GROUP_OF = {Activation.A8: 64, Activation.A4: 32}
 TOP_OF = {Activation.A8: 127, Activation.A4: 7}
 OUT_TYPES = (torch.bfloat16, torch.float32)
 PLAIN_TILE = 8  # rows in which torch multiplies dense float32 and float16 matrices
-SMEM_PER_BLOCK, SMEM_PER_SM, BARRIER_BYTES = 227 << 10, 228 << 10, 3984
+SMEM_PER_BLOCK, SMEM_PER_SM, BARRIER_BYTES = 227 << 10, 228 << 10, 272
 
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -158,6 +156,17 @@ class Form:
     act_group: int = 64
     base_bytes: int = DENSE_BYTES
     rest_bytes: int = 0
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether linear.cu has this form for warpgroups: those that need no sums of x."""
+        needs_sums = self.group < self.act_group if self.act == 8 else self.has_shift
+        return not needs_sums
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether the weight is more than a level times a scale."""
+        return self.has_offset or self.has_middle
 
     def defines(self) -> dict[str, int]:
         """Macros."""
@@ -265,6 +274,7 @@ class Tuning:
         cols: tiles of columns a stage.
         blocks: blocks that share a multiprocessor, which bounds registers and stages.
         stages: most stages of a ring.
+        is_wgmma: products by warpgroups (sm_90a, 32 tokens and more).
         most: most panels a block.
     """
 
@@ -272,13 +282,14 @@ class Tuning:
     cols: int
     blocks: int = 1
     stages: int = 16
+    is_wgmma: bool = False
     most: int = MOST_PANELS
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
     """The measured best (docs/gpu-notes.md)."""
     if token_tiles >= 4:
-        return Tuning(panels=2, cols=1)
+        return Tuning(1, 1, is_wgmma=True, most=16 if token_tiles <= 8 else 12)
     return Tuning(panels=1, cols=1 if form.rest_bytes or form.bits == 0 else 2)
 
 
@@ -337,15 +348,19 @@ def _instance(
     tuned = chosen or tuning(form, token_tiles)
     if not has_engine:
         tuned = Tuning(panels=2, cols=1, most=16)
+    if torch.cuda.get_device_capability(device) != (9, 0) or not form.has_warpgroups:
+        tuned = replace(tuned, is_wgmma=False)
     tile = form.base_bytes + form.rest_bytes
     cut = plan(row_tiles, col_tiles, tile, multiprocessors, has_engine, tuned.most)
     tokens = token_tiles * 8
     consumers = math.ceil(cut.panels / tuned.panels)
+    if tuned.is_wgmma:
+        consumers = math.ceil(consumers / 4) * 4
     x_bytes = tokens * (128 if form.act == 8 else 256)
     if form.act == 8:
         x_bytes += TILE_COLS // form.act_group * tokens * 8
     stage = _whole(tuned.cols * x_bytes, 1024)
-    weights = consumers * tuned.panels * tuned.cols * tile
+    weights = _whole(consumers * tuned.panels * tuned.cols * tile, 1024)
     parts = cut.panels * TILE_ROWS * (min(tokens, 32) + 2) * 4
     room = SMEM_PER_BLOCK
     if tuned.blocks > 1:
@@ -357,9 +372,10 @@ def _instance(
     num_stages = min(room // (stage + weights), tuned.stages, steps * math.ceil(num_blocks / slots))
     num_stages = max(num_stages, 1)
     if not has_engine:
-        num_stages, stage = 3, stage + _whole(weights, 1024)
+        num_stages, stage = 3, stage + weights
         weights = 0
-    threads = (consumers + has_engine) * 32
+    feeding = 0 if not has_engine else 4 if tuned.is_wgmma else 1
+    threads = (consumers + feeding) * 32
     return _Instance(
         kernel=kernel(
             "linear.cu",
@@ -368,6 +384,7 @@ def _instance(
             NT=token_tiles,
             RT=tuned.panels,
             COLS=tuned.cols,
+            WGMMA=int(tuned.is_wgmma),
             THREADS=threads,
             BLOCKS=tuned.blocks,
         ),
