@@ -26,8 +26,8 @@ from qspec_llm.engine.batch import Span
 from qspec_llm.engine.lottery import Options, draw, judge, tickets
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.random import Stream
+from qspec_llm.engine.recorder import Recorder
 from qspec_llm.engine.request import Request
-from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import LayerKV, Rows
 from qspec_llm.kernels.triton.attention import SPLIT
 from qspec_llm.kernels.triton.tokens import PLAN, Lines, Places, accept, choose, place, uniform
@@ -143,7 +143,7 @@ class Cycles:
         num_lines = _bucket(max_batch)
         self._state = self._zeros(num_lines, 2)
         self._plan = self._zeros(num_lines * (PLAN + self._max_blocks))
-        self._recorder = _Recorder(self._device)
+        self._recorder = Recorder(self._device)
         self._graphs: dict[_Shape, _Graph] = {}
         self._ahead: _Flight | None = None
 
@@ -298,59 +298,6 @@ class Cycles:
 
     def _upload(self, target: Tensor, values: list[list[int]]) -> None:
         target.copy_(self._recorder.pinned(values), non_blocking=True)
-
-
-class _Recorder:
-    """What a GPU does and the interpreter of the tests does not: graphs, events, pinned memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_gpu = device.type == "cuda"
-        # graphs never run at once, so they share their memory
-        self._pool = torch.cuda.graph_pool_handle() if self._is_gpu else None
-
-    def event(self) -> Any:
-        """An event that can be timed."""
-        if not self._is_gpu:
-            return _Instant()
-        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-    def pinned(self, values: list[list[int]]) -> Tensor:
-        """Values on the host, where the GPU reads them in its own time."""
-        tensor = torch.tensor(values)
-        return tensor.pin_memory() if self._is_gpu else tensor
-
-    def fetch(self, source: Tensor) -> Tensor:
-        """A copy on the host, whole once an event recorded after this call is done."""
-        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=self._is_gpu)
-        return target.copy_(source, non_blocking=True)
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Run `work` once, so that kernels compile, then capture it."""
-        work()
-        if not self._is_gpu:
-            return work
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                work()
-        except torch.OutOfMemoryError:
-            raise QSpecError(
-                "the GPU has no memory left for a step of this batch; choose a smaller max_batch "
-                "or max_tokens_in_kv"
-            ) from None
-        return graph.replay
-
-
-class _Instant:
-    """An event where everything is done at once."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, _: "_Instant") -> float:
-        return 0.0
 
 
 def _is_covered(span: Span) -> bool:
