@@ -88,7 +88,7 @@ class Simulation:
             num_rows = len(gammas) + sum(live)
             verify = self.true.verify_step(len(gammas), num_rows, num_rows * keys)
             self.seconds += draft + verify
-            self.chooser.learn(Batch(tuple(spans)), outcomes, draft, verify)
+            self.chooser.learn(Batch(tuple(spans)), outcomes, (draft, verify))
 
     @property
     def speed(self) -> float:

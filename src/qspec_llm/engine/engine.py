@@ -204,7 +204,9 @@ class Engine:
         accepted = in_order(batch, advanced, accept(rest, drafts, logits))
         committing = time.perf_counter()
         self.scheduler.commit(batch, accepted)
-        self.gammas.learn(batch, accepted, verifying - drafting, committing - verifying)
+        # the parts of a captured cycle cannot be timed apart
+        seconds = None if advanced else (verifying - drafting, committing - verifying)
+        self.gammas.learn(batch, accepted, seconds)
         emissions = emit(batch, accepted, num_before)
         self.seconds.cycles += drafting - advancing
         self.seconds.draft += verifying - drafting

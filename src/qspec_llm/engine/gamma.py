@@ -151,15 +151,15 @@ class GammaChooser:
         return draft * self._draft_scale + verify * self._verify_scale
 
     def learn(
-        self, batch: Batch, accepted: Sequence[Accepted], draft: float, verify: float
+        self, batch: Batch, accepted: Sequence[Accepted], seconds: tuple[float, float] | None
     ) -> None:
         """Note what a cycle's drafts were worth and what it took.
 
         Args:
             batch: the cycle's spans as scheduled, committed by now.
             accepted: their outcomes.
-            draft: seconds of its draft steps.
-            verify: seconds of its verify step and of accepting.
+            seconds: of its draft steps, and of its verify step and accepting; None if unknown,
+                then costs stay what they were.
         """
         self._num_plain += 1
         for span, outcome in zip(batch.spans, accepted, strict=True):
@@ -172,8 +172,8 @@ class GammaChooser:
                 own.add(tested, outcome.num_accepted, KEPT)
             if request.is_finished:
                 self._each.pop(request.request_id, None)
-        if self.costs is not None:
-            self._correct(batch, draft, verify)
+        if self.costs is not None and seconds is not None:
+            self._correct(batch, *seconds)
 
     def forget(self, request_id: int) -> None:
         """Drop what is known of a request that was aborted."""
