@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from helpers_weights import FORMS
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import LayerKV, Rows
+from qspec_llm.kv.pool import allocate
+from qspec_llm.model.decoder import Decoder
 from qspec_llm.weights.pack import pack_nibbles, unpack_nibbles
 from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
@@ -114,3 +117,26 @@ def refused(*words: object) -> Iterator[None]:
     assert "\n" not in message
     for word in words:
         assert str(word) in message, f"{word!r} is not in: {message}"
+
+
+def run_passes(
+    decoder: Decoder, view: str, length: int
+) -> tuple[list[Tensor], tuple[LayerKV, ...]]:
+    """A prompt of `length` and one of 20, five rows and one, then one row alone."""
+    width = -(-(length + 6) // 16)  # blocks of a sequence
+    kv = allocate(decoder.config, 2 * width, decoder.dtype, decoder.ops.device)
+    tokens = torch.arange(length + 20) * 7 % 50
+    outputs = []
+    for counts, contexts, is_prompt in (
+        ([length, 20], [length, 20], True),
+        ([5, 1], [length + 5, 21], False),
+        ([1], [length + 6], False),
+    ):
+        rows, _ = ragged_rows(counts, contexts, is_prompt=is_prompt)
+        tables = torch.arange(width)[None] + width * torch.arange(len(counts))[:, None]
+        spans = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        slots = tables[spans, rows.positions // 16] * 16 + rows.positions % 16
+        rows = replace(rows, block_tables=tables, slots=slots)
+        wanted = torch.tensor([sum(counts) - 1, 0])
+        outputs.append(decoder.forward(tokens[: sum(counts)], rows, kv, VIEWS[view], wanted))
+    return outputs, kv

@@ -18,11 +18,12 @@ from helpers_cpu import (
     random_cache,
     random_stored,
     refused,
+    run_passes,
     some_rows,
 )
 from torch import Tensor
 
-from qspec_llm.kernels import LayerKV, get_backend, reference
+from qspec_llm.kernels import get_backend, reference
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.config import ModelConfig
 from qspec_llm.model.decoder import Decoder, rope_table
@@ -310,36 +311,18 @@ def without_whole_step() -> SimpleNamespace:
     return ops
 
 
-def run(decoder: Decoder, view: str) -> tuple[list[Tensor], tuple[LayerKV, ...]]:
-    """A prompt of 300 and one of 20, five rows and one, then one row alone."""
-    kv = allocate(CONFIG, 64, decoder.dtype)
-    tokens = torch.arange(320) * 7 % 50
-    outputs = []
-    for counts, contexts, is_prompt in (
-        ([300, 20], [300, 20], True),
-        ([5, 1], [305, 21], False),
-        ([1], [306], False),
-    ):
-        rows, _ = ragged_rows(counts, contexts, is_prompt=is_prompt)
-        tables = torch.arange(20)[None] + 20 * torch.arange(len(counts))[:, None]
-        spans = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        slots = tables[spans, rows.positions // 16] * 16 + rows.positions % 16
-        rows = replace(rows, block_tables=tables, slots=slots)
-        wanted = torch.tensor([sum(counts) - 1, 0])
-        outputs.append(decoder.forward(tokens[: sum(counts)], rows, kv, VIEWS[view], wanted))
-    return outputs, kv
-
-
 @pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("form", "view"), [("signed16", "verify"), ("affine4", "a8")])
 def test_whole_step_equals_the_operations_one_by_one(
     form: str, view: str, dtype: torch.dtype, is_fused: bool, isa: str
 ) -> None:
-    slow, slow_kv = run(tiny_decoder(without_whole_step(), dtype, form, is_fused=is_fused), view)
+    slow, slow_kv = run_passes(
+        tiny_decoder(without_whole_step(), dtype, form, is_fused=is_fused), view, 300
+    )
     for count in (1, 2, 3):
         cpu.set_num_threads(count)
-        fast, fast_kv = run(tiny_decoder(cpu, dtype, form, is_fused=is_fused), view)
+        fast, fast_kv = run_passes(tiny_decoder(cpu, dtype, form, is_fused=is_fused), view, 300)
         for ours, theirs in zip(fast, slow, strict=True):
             assert_same_bits(ours, theirs)
         for ours, theirs in zip(fast_kv, slow_kv, strict=True):
@@ -349,8 +332,10 @@ def test_whole_step_equals_the_operations_one_by_one(
 
 @pytest.mark.parametrize("form", ["signed16", "signed8", "affine4_offset"])
 def test_whole_step_in_float32_is_the_references(form: str, isa: str) -> None:
-    ours, _ = run(tiny_decoder(cpu, torch.float32, form, is_fused=True), "verify")
-    theirs, _ = run(tiny_decoder(reference, torch.float32, form, is_fused=True), "verify")
+    ours, _ = run_passes(tiny_decoder(cpu, torch.float32, form, is_fused=True), "verify", 300)
+    theirs, _ = run_passes(
+        tiny_decoder(reference, torch.float32, form, is_fused=True), "verify", 300
+    )
     for actual, expected in zip(ours, theirs, strict=True):
         assert_close(actual, expected, 1e-5)
 

@@ -147,11 +147,6 @@ QSPEC_INLINE V exp_lanes(V x) {
   p = add(fma(mul(r, r), p, r), set1(1.0f));
   return as_float(add_i(as_int(p), shl<23>(to_int(n))));
 }
-QSPEC_INLINE float exp_one(float x) {
-  float lanes[16];
-  store(lanes, exp_lanes(set1(x)));
-  return x < -87.3f ? 0.0f : lanes[0];
-}
 
 QSPEC_INLINE void put(float* out, V x, int n, bool round) {
   if (round) x = round_bf16(x);

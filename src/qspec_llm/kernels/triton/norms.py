@@ -61,7 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, activation: Activation | None
 ) -> tuple[Tensor, Tensor | Quantized]:
-    """The residual stream after `delta` is added, and its norm, quantised where `top` is not 0.
+    """The residual stream after `delta` is added, and its norm, quantised where it is asked for.
 
     Args:
         x: [R, K], left as it is.
