@@ -1,4 +1,4 @@
-"""The command line: `qspec generate | chat | serve | run-batch | inspect | bench | collect-env`.
+"""The command line: `qspec generate | chat | serve | run-batch | inspect | eval | bench | ...`.
 
 Parses options and reports errors; each command is a module that is imported when it is used.
 """
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--all", action="store_true", help="every tensor, not one line for layers")
     inspect.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
+    _add_eval(commands)
     _add_bench(commands)
     _add_serve(commands)
     _add_run_batch(commands)
@@ -123,6 +124,41 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--max-body-bytes", type=int, default=4 << 20, metavar="N", help="(default: %(default)s)"
     )
     serve.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    text = "perplexity, divergence and agreement of every view against the original weights"
+    parser = _command(commands, "eval", text)
+    _add_model_options(parser)
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="the original 16-bit weights (default: MODEL's own, where it holds them)",
+    )
+    parser.add_argument(
+        "--views",
+        nargs="*",
+        default=["a16", "a8", "a4"],
+        choices=("a16", "a8", "a4"),
+        help="draft views to evaluate (default: all)",
+    )
+    parser.add_argument("--text", default="builtin", metavar="FILE", help="builtin, none or a file")
+    parser.add_argument(
+        "--window", type=int, default=512, metavar="N", help="tokens of text scored together"
+    )
+    parser.add_argument(
+        "--prompts",
+        default="builtin",
+        metavar="FILE",
+        help="builtin (128 of chat, arithmetic and code), human-eval, gsm8k, none, or JSON Lines",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts alone")
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", help="write eval.json there")
+    parser.add_argument("--plot", action="store_true", help="and PNG and SVG files, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def _add_run_batch(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -1,4 +1,4 @@
-"""Reading models: Hugging Face safetensors, GGUF, and nested checkpoints, behind one interface.
+"""Reading models: safetensors, GPTQ, AWQ, compressed-tensors, GGUF and nested, by one interface.
 
 Tensors carry Hugging Face names and layouts whatever the file calls them. Nothing here quantises;
 a tensor that a file ships in 4 or 8 bits and that the target keeps as it is comes back as planes.
@@ -51,6 +51,34 @@ def _opener(path: Path) -> Callable[[Path], Checkpoint]:
         if files := sorted(path.glob("*.gguf")):
             raise QSpecError(f"{path} is a directory; name the GGUF file itself, e.g. {files[0]}")
         raise QSpecError(f"{path} holds no .safetensors files")
-    from qspec_llm.weights.checkpoint.safetensors_dir import SafetensorsCheckpoint
+    return _reader(path)
 
-    return SafetensorsCheckpoint
+
+def _reader(path: Path) -> Callable[[Path], Checkpoint]:
+    """Who reads a directory of safetensors: floats, or the quantiser that its config names."""
+    from qspec_llm.weights.checkpoint.awq import AWQCheckpoint
+    from qspec_llm.weights.checkpoint.compressed_tensors import CompressedTensorsCheckpoint
+    from qspec_llm.weights.checkpoint.gptq import GPTQCheckpoint
+    from qspec_llm.weights.checkpoint.safetensors_dir import SafetensorsCheckpoint, read_json
+
+    config = read_json(path / "config.json").get("quantization_config")
+    if config is None:
+        return SafetensorsCheckpoint
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    readers: dict[object, Callable[[Path], Checkpoint]] = {
+        "gptq": GPTQCheckpoint,
+        "awq": AWQCheckpoint,
+        "compressed-tensors": CompressedTensorsCheckpoint,
+    }
+    if isinstance(config, dict) and isinstance(method, str) and method in readers:
+        return readers[method]
+    if method == "bitsandbytes":
+        raise QSpecError(
+            f"{path} is quantised with bitsandbytes, whose NF4 levels are uneven (its INT8 "
+            "keeps outliers in 16 bits), so no 4- or 8-bit grid here holds them; give the original "
+            "checkpoint, from which bitsandbytes quantises at load, or a GGUF file"
+        )
+    raise QSpecError(
+        f"{path} is quantised with {method!r}, which cannot be imported; imported are "
+        f"{', '.join(map(str, readers))}, or give the original checkpoint or a GGUF file"
+    )

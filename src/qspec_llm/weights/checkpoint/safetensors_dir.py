@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.weights.checkpoint.base import Metadata
+from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.quantize import Target
 
 __all__ = ["SafetensorsCheckpoint", "open_safetensors", "read_json"]
@@ -66,13 +67,6 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: Metadata = read_json(path / "config.json")
-        if (quantization := self.metadata.get("quantization_config")) is not None:
-            is_record = isinstance(quantization, dict)
-            method = quantization.get("quant_method") if is_record else quantization
-            raise QSpecError(
-                f"{path} is quantised with {method!r}, which cannot be imported yet; "
-                "give the original checkpoint or a GGUF file"
-            )
         self._where: dict[str, Any] = {}
         for file in _files(path):
             opened = open_safetensors(path / file)
@@ -90,10 +84,28 @@ class SafetensorsCheckpoint:
         """The shape of a tensor."""
         return tuple(self._slice(name).get_shape())
 
-    def read(self, name: str, target: Target) -> Tensor:  # noqa: ARG002  # floats nest for any
+    def read(
+        self,
+        name: str,
+        target: Target,  # noqa: ARG002  # floats nest for any
+    ) -> Tensor | Stored:
         """One tensor in the file's own float dtype."""
         if (dtype := self.type_name(name)) not in FLOAT_TYPES:
             raise QSpecError(f"tensor {name!r} of {self.path} is {dtype}, not one of {FLOAT_TYPES}")
+        return self.tensor(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the files hold a tensor of that very name."""
+        return name in self._where
+
+    def raw_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as the file has it."""
+        return tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as the file has it, of any dtype."""
+        if name not in self._where:
+            raise QSpecError(f"{self.path} has no tensor {name!r}")
         tensor: Tensor = self._where[name].get_tensor(name)
         return tensor
 

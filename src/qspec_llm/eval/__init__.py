@@ -1,0 +1,1 @@
+"""Fidelity: what each view of a model computes, against the original weights and each other."""

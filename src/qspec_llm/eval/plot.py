@@ -1,0 +1,73 @@
+"""Figures of an evaluation as PNG and SVG files; matplotlib is imported only here."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qspec_llm.errors import QSpecError
+
+__all__ = ["need_pyplot", "plot_acceptance", "plot_views"]
+
+
+def need_pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files.
+
+    Raises:
+        QSpecError: it is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise QSpecError(
+            "--plot needs matplotlib; install it with `pip install matplotlib`"
+        ) from None
+    return pyplot
+
+
+def plot_acceptance(by_position: Sequence[float], directory: Path, title: str) -> list[Path]:
+    """Draw the share of tested drafts that stood at positions 1, 2, ... and of all that far."""
+    pyplot = need_pyplot()
+    positions = range(1, len(by_position) + 1)
+    reached, product = [], 1.0
+    for share in by_position:
+        product *= share
+        reached.append(product)
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    axis.plot(positions, by_position, marker="o", label="of the drafts tested here")
+    axis.plot(positions, reached, marker="o", linestyle="--", label="of all cycles")
+    axis.set(xlabel="position in the draft", ylabel="share accepted", title=title, ylim=(0, 1))
+    axis.set_xticks(list(positions))
+    axis.legend()
+    return _save(pyplot, figure, axis, directory, "acceptance")
+
+
+def plot_views(
+    by_kind: Mapping[str, Mapping[str, Mapping[str, float]]], directory: Path, title: str
+) -> list[Path]:
+    """Draw greedy agreement with the verify view: a group of bars a kind, a bar a draft view."""
+    pyplot = need_pyplot()
+    drafts = [name for name in by_kind["all"] if name not in ("verify", "reference")]
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    width = 0.8 / max(len(drafts), 1)
+    for index, draft in enumerate(drafts):
+        places = [at + index * width for at in range(len(by_kind))]
+        axis.bar(places, [by_kind[k][draft]["agreement"] for k in by_kind], width, label=draft)
+    axis.set(ylabel="greedy agreement", title=title, ylim=(0, 1))
+    middle = (len(drafts) - 1) / 2 * width
+    axis.set_xticks([at + middle for at in range(len(by_kind))], list(by_kind))
+    axis.legend()
+    return _save(pyplot, figure, axis, directory, "agreement")
+
+
+def _save(pyplot: Any, figure: Any, axis: Any, directory: Path, name: str) -> list[Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    paths = [directory / f"{name}.png", directory / f"{name}.svg"]
+    for path in paths:
+        figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return paths
