@@ -34,6 +34,7 @@ from qspec_llm.model.load import Progress, load_decoder
 from qspec_llm.tokenizer import HFTokenizer, Message
 from qspec_llm.version import __version__
 from qspec_llm.weights.checkpoint import open_checkpoint
+from qspec_llm.weights.lora import merge
 from qspec_llm.weights.view import Activation
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "Speculation"]
@@ -92,6 +93,8 @@ class LLM:
             the moment, by step costs that are measured once and kept; None takes the target's
             default.
         group: weights that share one scale (32, 64 or 128), where the checkpoint does not say.
+        lora: directory of a LoRA adapter in PEFT's format, merged into the weights; it acts in both
+            views.
         max_batch: requests that run at once.
         max_tokens_in_kv: tokens that the KV cache holds.
         kv_cache_bytes: its size in bytes, instead.
@@ -115,6 +118,7 @@ class LLM:
         draft: str = "a8",
         gamma: Gamma | None = None,
         group: int = DEFAULT_GROUP,
+        lora: str | Path | None = None,
         max_batch: int = DEFAULT_MAX_BATCH,
         max_tokens_in_kv: int = DEFAULT_KV_TOKENS,
         kv_cache_bytes: int | None = None,
@@ -126,9 +130,11 @@ class LLM:
     ) -> None:
         if gamma is not None and gamma != "auto":
             check_gamma(gamma)
-        self.model = model
+        self.model, self.lora = model, None if lora is None else Path(lora)
         path = resolve_model(model)
         checkpoint = open_checkpoint(path)
+        if self.lora is not None:
+            checkpoint = merge(checkpoint, self.lora)
         self.model_config = read_config(checkpoint)
         if kv_cache_bytes is not None:
             max_tokens_in_kv = kv_cache_bytes // kv_bytes_per_token(self.model_config, KV_DTYPE)

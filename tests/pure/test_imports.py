@@ -45,13 +45,13 @@ def tree_of(module: str) -> ast.Module:
 
 
 def load(module: str) -> ModuleType:
-    """A module; one of the GPU's is skipped where its packages are not installed."""
+    """A module; one of the GPU's or of an extra is skipped where its packages are missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if error.name not in ("triton", "lm_eval"):
             raise
-        pytest.skip(f"{module} needs triton")
+        pytest.skip(f"{module} needs {error.name}")
     except QSpecError as error:
         if module != "qspec_llm.kernels.cuda.backend":
             raise

@@ -156,6 +156,28 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument(
         "--max-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)"
     )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="instead: tasks of lm-eval, by name or as .yaml files with local data",
+    )
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="of a task (default: its own)")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="put a task's questions as conversations"
+    )
+    parser.add_argument(
+        "--fidelity",
+        action="store_true",
+        help="instead: answer prompts with the 16-bit weights, the target, the draft view alone "
+        "and both together, and compare accuracy and agreement",
+    )
+    parser.add_argument(
+        "--execute-code",
+        action="store_true",
+        help="run the code that the model writes, to see whether it passes its tests; it runs in a "
+        "process with limits, which is no wall against malice",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="write eval.json there")
     parser.add_argument("--plot", action="store_true", help="and PNG and SVG files, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -305,6 +327,11 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
 def _add_model_options(parser: argparse.ArgumentParser, gamma: str | int | None = None) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_target_options(parser)
+    parser.add_argument(
+        "--lora",
+        metavar="DIR",
+        help="a LoRA adapter in PEFT's format, merged into the weights; it acts in both views",
+    )
     parser.add_argument(
         "--draft",
         default="a8",

@@ -60,6 +60,7 @@ def load(args: argparse.Namespace) -> LLM:
             draft=args.draft,
             gamma=args.gamma,
             group=args.group,
+            lora=args.lora,
             max_batch=args.max_batch,
             max_tokens_in_kv=args.max_tokens_in_kv,
             kv_cache_bytes=args.kv_cache_bytes,

@@ -1,6 +1,7 @@
 """`qspec eval`: how faithful each view of a model is, in figures, tables and plots."""
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from qspec_llm.eval.evaluate import (
     load_reference,
     windows,
 )
+from qspec_llm.eval.fidelity import compare
 from qspec_llm.eval.plot import need_pyplot, plot_acceptance, plot_views
 from qspec_llm.eval.prompts import evaluation_text, read_prompts
 from qspec_llm.llm import LLM
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         raise QSpecError("--plot needs -o DIR, where the files go")
     if args.plot:
         need_pyplot()  # before an hour of work, not after it
+    if args.tasks:
+        _need_lm_eval()
     llm = load(args)
     report: dict[str, Any] = {
         "version": __version__,
@@ -53,7 +57,12 @@ def run(args: argparse.Namespace) -> None:
         "group": llm.config.group,
         "backend": llm.config.backend,
     }
-    report |= _evaluate(args, llm, load_reference(llm, args.reference))
+    if args.tasks:
+        report["tasks"] = _tasks(args, llm)
+    else:
+        reference = load_reference(llm, args.reference)
+        work = _fidelity if args.fidelity else _evaluate
+        report |= work(args, llm, reference)
     if args.output is not None:
         _write(args, report)
     if args.json:
@@ -98,6 +107,41 @@ def _evaluate(args: argparse.Namespace, llm: LLM, reference: Reference) -> dict[
     return report
 
 
+def _need_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise QSpecError("--tasks needs lm-eval; install it with `pip install 'qspec-llm[eval]'`")
+
+
+def _tasks(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
+    from qspec_llm.eval.lm_eval import evaluate_tasks
+
+    return evaluate_tasks(
+        llm,
+        args.tasks,
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        apply_chat_template=args.apply_chat_template,
+    )
+
+
+def _fidelity(args: argparse.Namespace, llm: LLM, reference: Reference) -> dict[str, Any]:
+    if args.prompts == "none":
+        raise QSpecError("--fidelity answers prompts; --prompts none leaves it nothing to do")
+    prompts = read_prompts(args.prompts, args.limit)
+    figures = compare(
+        llm,
+        reference,
+        prompts,
+        gamma=args.gamma,
+        max_tokens=args.max_tokens,
+        max_batch=args.max_batch,
+        can_execute=args.execute_code,
+        track=track,
+    )
+    about = {"file": args.prompts, "prompts": len(prompts), "max_tokens": args.max_tokens}
+    return {"reference": reference.name, "fidelity": about | figures}
+
+
 def track(values: Iterable[Any], total: int, text: str) -> Iterable[Any]:
     """The values, with a progress bar on a terminal."""
     with progress_bar() as bar:
@@ -123,7 +167,11 @@ def _write(args: argparse.Namespace, report: dict[str, Any]) -> None:
 def _show(report: dict[str, Any]) -> None:
     # piped into a file or a pager, nothing is folded
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(f"{report['model']}: {report['target']} target; reference: {report['reference']}")
+    about = f"; reference: {report['reference']}" if "reference" in report else ""
+    console.print(f"{report['model']}: {report['target']} target{about}")
+    for task, figures in report.get("tasks", {}).items():
+        numbers = {k: v for k, v in figures.items() if isinstance(v, float)}
+        console.print(task, ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
     if "text" in report:
         text = report["text"]
         console.print(f"\ntext {text['file']}, windows of {text['window']} tokens")
@@ -147,8 +195,35 @@ def _show(report: dict[str, Any]) -> None:
             if answers["identical"]
             else "TOKENS DIFFER from plain decoding: this is a bug, please report it"
         )
+    if "fidelity" in report:
+        _show_fidelity(console, report["fidelity"])
     for path in report.get("plots", ()):
         console.print(path)
+
+
+def _show_fidelity(console: Console, figures: dict[str, Any]) -> None:
+    console.print(f"\ngreedy answers to {figures['prompts']} prompts of {figures['file']}")
+    kinds = sorted({kind for row in figures["systems"].values() for kind in row["accuracy"]})
+    table = Table(box=None, pad_edge=False)
+    columns = ("same_answers", "same_prefix", "kl_mean", "flips")
+    for title in ("system", *kinds, *columns):
+        table.add_column(title.replace("_", " "), justify="left" if title == "system" else "right")
+    for name, row in figures["systems"].items():
+        right = ["{}/{}".format(*row["accuracy"].get(kind, (0, 0))) for kind in kinds]
+        shares = [f"{row[column]:.4f}" if column in row else "" for column in columns]
+        table.add_row(name, *right, *shares)
+    console.print(table)
+    console.print(
+        f"same: as {figures['target']}; kl and flips: on {figures['reference']}'s answers, "
+        "and QSpec's logits are its target's"
+    )
+    if figures["acceptance_rate"] is not None:
+        console.print(f"{figures['acceptance_rate']:.3f} of the tested drafts were accepted")
+    console.print(
+        f"QSpec's answers are {figures['target']}'s, token for token"
+        if figures["identical"]
+        else f"QSPEC'S ANSWERS DIFFER from {figures['target']}'s: this is a bug, please report it"
+    )
 
 
 def _table(by_kind: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> Table:

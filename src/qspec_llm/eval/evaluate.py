@@ -19,6 +19,7 @@ from qspec_llm.model.config import ModelConfig, read_config
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.model.load import load_decoder
 from qspec_llm.weights.checkpoint import open_checkpoint
+from qspec_llm.weights.lora import merge
 from qspec_llm.weights.quantize import Recipe, Target
 from qspec_llm.weights.view import View
 
@@ -26,6 +27,7 @@ __all__ = [
     "Answers",
     "Reference",
     "Track",
+    "advance_by",
     "answer_prompts",
     "encode_prompts",
     "evaluate_answers",
@@ -75,6 +77,8 @@ def load_reference(llm: LLM, model: str | Path | None = None) -> Reference:
             return Reference(None, "the verify view, which reproduces the 16-bit weights")
         if checkpoint.kind == "nested":
             return Reference(None, "the verify view: the 16-bit weights were not given")
+    if model is None and llm.lora is not None:
+        checkpoint = merge(checkpoint, llm.lora)
     config = read_config(checkpoint)
     _check_same(config, llm.model_config)
     name = "16-bit weights"
@@ -146,9 +150,9 @@ def answer_prompts(
     """Answer prompts greedily, plainly and with `gamma` drafts a cycle."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0)
     plain = decode(
-        llm, llm.new_engine(0), prompts, params, _advance(track, len(prompts), "decoding plainly")
+        llm, llm.new_engine(0), prompts, params, advance_by(track, len(prompts), "decoding plainly")
     )
-    advance = _advance(track, len(prompts), "decoding with drafts")
+    advance = advance_by(track, len(prompts), "decoding with drafts")
     drafted, acceptance = decode_watched(llm, llm.new_engine(gamma), prompts, params, advance)
     return Answers(
         scripts=tuple(Script(r.prompt, tuple(r.output)) for r in plain),
@@ -230,7 +234,7 @@ def _merge(total: Divergence, part: Divergence) -> None:
         total.hits[k] += hits
 
 
-def _advance(track: Track, total: int, text: str) -> Callable[[int], None]:
+def advance_by(track: Track, total: int, text: str) -> Callable[[int], None]:
     """`track` as something to call, for loops that are not over values."""
     bar = iter(track(range(total), total, text))
 

@@ -7,12 +7,11 @@
 Within a word, nibble i (the lowest first) belongs to output 0, 2, 4, 6, 1, 3, 5, 7 of the eight.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
+from qspec_llm.weights.checkpoint.base import Metadata
 from qspec_llm.weights.checkpoint.quantised import Codes, QuantisedCheckpoint, unpack_words
 
 __all__ = ["NIBBLE_OUTPUTS", "AWQCheckpoint"]
@@ -27,11 +26,11 @@ class AWQCheckpoint(QuantisedCheckpoint):
     packed = "qweight"
     parts = ("qzeros", "scales")
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        version = str(self.metadata["quantization_config"].get("version", "gemm")).lower()
+    def check(self, config: Metadata) -> None:
+        """Refuse other packings."""
+        version = str(config.get("version", "gemm")).lower()
         if version != "gemm":
-            raise QSpecError(f"{path} is AWQ in the packing {version!r}; readable is gemm")
+            raise QSpecError(f"{self.path} is AWQ in the packing {version!r}; readable is gemm")
 
     def bits(self, module: str) -> int:
         """Bits of a code."""

@@ -10,14 +10,13 @@
 Codes and zero points are signed there; both are moved by 2^(bits - 1), which changes no weight.
 """
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
+from qspec_llm.weights.checkpoint.base import Metadata
 from qspec_llm.weights.checkpoint.quantised import Codes, QuantisedCheckpoint, unpack_words
 
 __all__ = ["CompressedTensorsCheckpoint"]
@@ -30,10 +29,10 @@ class CompressedTensorsCheckpoint(QuantisedCheckpoint):
     packed = "weight_packed"
     parts = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        for reason in _obstacles(self.metadata["quantization_config"]):
-            raise QSpecError(f"{path} cannot be imported: {reason}")
+    def check(self, config: Metadata) -> None:
+        """Refuse other formats, and what is more than integer weights."""
+        for reason in _obstacles(config):
+            raise QSpecError(f"{self.path} cannot be imported: {reason}")
 
     def bits(self, module: str) -> int:
         """Bits of a code."""
@@ -76,7 +75,7 @@ class CompressedTensorsCheckpoint(QuantisedCheckpoint):
         return (stored.to(torch.int16) + middle).view(-1, stored.shape[-1]).expand(scale.shape)
 
 
-def _obstacles(config: Mapping[str, Any]) -> Iterator[str]:
+def _obstacles(config: Metadata) -> Iterator[str]:
     """Why a quantization_config asks for more than reading integers."""
     if (form := config.get("format")) != "pack-quantized":
         yield f"its format is {form!r}; readable is pack-quantized"

@@ -10,12 +10,11 @@ Under act-order (`desc_act` without static groups) g_idx is a permutation's and 
 dequantised.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
+from qspec_llm.weights.checkpoint.base import Metadata
 from qspec_llm.weights.checkpoint.quantised import Codes, QuantisedCheckpoint, unpack_words
 
 __all__ = ["GPTQCheckpoint"]
@@ -30,14 +29,13 @@ class GPTQCheckpoint(QuantisedCheckpoint):
     packed = "qweight"
     parts = ("qzeros", "scales", "g_idx")
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        config = self.metadata["quantization_config"]
+    def check(self, config: Metadata) -> None:
+        """Refuse what is not v1 or v2."""
         # older files do not say; all of them are v1
         form = config.get("checkpoint_format") or "gptq"
         if form not in FORMATS or config.get("is_marlin_format"):
             raise QSpecError(
-                f"{path} is GPTQ in the format {form!r}; readable are {', '.join(FORMATS)}"
+                f"{self.path} is GPTQ in the format {form!r}; readable are {', '.join(FORMATS)}"
             )
         self._zero_step = FORMATS[form]
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
+from qspec_llm.weights.checkpoint.base import Metadata
 from qspec_llm.weights.checkpoint.safetensors_dir import SafetensorsCheckpoint
 from qspec_llm.weights.pack import pack_nibbles
 from qspec_llm.weights.planes import GROUPS, Grid, Planes, PlaneSpec, Stored
@@ -64,6 +65,7 @@ class QuantisedCheckpoint(SafetensorsCheckpoint, ABC):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self.check(self.metadata["quantization_config"])
         names = super().names()
         self._modules = {
             name.removesuffix(f".{self.packed}") for name in names if name.endswith(self.packed)
@@ -83,6 +85,10 @@ class QuantisedCheckpoint(SafetensorsCheckpoint, ABC):
                 )
         own = Target.INT4 if 4 in bits else Target.INT8
         self.target = own if all(map(self._is_ordered, self._modules)) else Target.BF16
+
+    @abstractmethod
+    def check(self, config: Metadata) -> None:
+        """Refuse a quantization_config that asks for more than this class reads."""
 
     @abstractmethod
     def bits(self, module: str) -> int:
