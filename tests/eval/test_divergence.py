@@ -44,4 +44,4 @@ def test_a_token_of_no_probability_costs_nothing_where_the_reference_has_none() 
     made: dict[str, Divergence] = {}
     step = Step((0,), torch.tensor([0]), {"verify": reference, "a8": reference + 1})
     measure(made, step, reference="verify")
-    assert made["a8"].summary()["kl_mean"] == pytest.approx(0, abs=1e-12)
+    assert made["a8"].summary()["kl_mean"] == pytest.approx(0, abs=1e-6)

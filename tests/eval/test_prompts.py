@@ -124,7 +124,7 @@ CASE = EvalPrompt("code", "p", None, ("assert f(2) == 4",))
         "import sys; sys.exit(0)",
         "def f(x: return",
         "import os; os._exit(0)",
-        "def f(x): return 4\nopen('x', 'w').write('y')",
+        "def f(x): return 4\nopen('x', 'w', buffering=1).write('y\\n')",
         "def f(x): return len('a' * (1 << 31))",
         "f = lambda x: 4\0",
         "",

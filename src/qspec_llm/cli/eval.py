@@ -76,7 +76,7 @@ def _evaluate(args: argparse.Namespace, llm: LLM, reference: Reference) -> dict[
     if llm.config.draft not in drafts:
         drafts[llm.config.draft.value] = llm.config.draft_view
     report: dict[str, Any] = {"reference": reference.name}
-    options: dict[str, Any] = {"max_batch": args.max_batch, "track": track}
+    options: dict[str, Any] = {"max_batch": args.max_batch, "track": _track}
     if args.text != "none":
         tokens = llm.encode(evaluation_text(args.text))
         scripts = windows(tokens, args.window)
@@ -90,7 +90,7 @@ def _evaluate(args: argparse.Namespace, llm: LLM, reference: Reference) -> dict[
         kinds = [prompt.kind for prompt in prompts]
         ids = encode_prompts(llm, prompts)
         answers = answer_prompts(
-            llm, ids, max_tokens=args.max_tokens, gamma=args.gamma, track=track
+            llm, ids, max_tokens=args.max_tokens, gamma=args.gamma, track=_track
         )
         acceptance = answers.acceptance
         report["answers"] = {
@@ -136,13 +136,13 @@ def _fidelity(args: argparse.Namespace, llm: LLM, reference: Reference) -> dict[
         max_tokens=args.max_tokens,
         max_batch=args.max_batch,
         can_execute=args.execute_code,
-        track=track,
+        track=_track,
     )
     about = {"file": args.prompts, "prompts": len(prompts), "max_tokens": args.max_tokens}
     return {"reference": reference.name, "fidelity": about | figures}
 
 
-def track(values: Iterable[Any], total: int, text: str) -> Iterable[Any]:
+def _track(values: Iterable[Any], total: int, text: str) -> Iterable[Any]:
     """The values, with a progress bar on a terminal."""
     with progress_bar() as bar:
         yield from bar.track(values, total=total, description=text)

@@ -35,15 +35,15 @@ class Divergence:
     hits: dict[int, int] = field(default_factory=lambda: {1: 0, 2: 0, 4: 0})
 
     def add(self, logprobs: Tensor, reference: Tensor, verify: Tensor, next_tokens: Tensor) -> None:
-        """Add S positions: log-probabilities [S, vocabulary] float64, next tokens [S] int64."""
+        """Add S positions: log-probabilities [S, vocabulary] float32, next tokens [S] int64."""
         self.num_tokens += len(next_tokens)
-        self.nll -= float(logprobs.gather(1, next_tokens[:, None]).sum())
-        divergence = reference.exp().mul_(reference - logprobs).nan_to_num_(nan=0.0).sum(-1)
-        self.kl += divergence.tolist()
+        self.nll -= float(logprobs.gather(1, next_tokens[:, None]).double().sum())
+        divergence = reference.exp().mul_(reference - logprobs).nan_to_num_(nan=0.0)
+        self.kl += divergence.sum(-1, dtype=torch.float64).tolist()
         self.flips += int((logprobs.argmax(-1) != reference.argmax(-1)).sum())
         self.overlap += float(torch.minimum(logprobs, verify).exp_().sum())
         choice = verify.argmax(-1, keepdim=True)
-        ranked = logprobs.topk(max(self.hits), dim=-1).indices == choice
+        ranked = logprobs.topk(min(max(self.hits), logprobs.shape[-1]), dim=-1).indices == choice
         for k in self.hits:
             self.hits[k] += int(ranked[:, :k].any(-1).sum())
 
@@ -75,9 +75,7 @@ def measure(
         reference: the reading that divergence and flips are counted from.
         verify: the reading that drafts are checked against.
     """
-    logprobs = {
-        name: torch.log_softmax(logits.double(), dim=-1) for name, logits in step.logits.items()
-    }
+    logprobs = {name: torch.log_softmax(logits, dim=-1) for name, logits in step.logits.items()}
     for name, own in logprobs.items():
         figures.setdefault(name, Divergence()).add(
             own, logprobs[reference], logprobs[verify], step.next_tokens

@@ -105,7 +105,7 @@ class QSpecLM(TemplateLM):  # type: ignore[misc]
         )
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_options: Any
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would give it."""
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
@@ -123,7 +123,7 @@ class QSpecLM(TemplateLM):  # type: ignore[misc]
                 self.cache_hook.add_partial("loglikelihood", strings, results[-1])
         return results
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_options: Any) -> list[float]:
         """Log-probability of whole texts, in windows as long as the model takes."""
         windows, owners = [], []
         for index, request in enumerate(requests):
@@ -141,7 +141,7 @@ class QSpecLM(TemplateLM):  # type: ignore[misc]
             totals[owner] += total
         return totals
 
-    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], **_options: Any) -> list[str]:
         """Answers up to a stop string."""
         params = [_sampling_params(dict(request.args[1])) for request in requests]
         prompts = [

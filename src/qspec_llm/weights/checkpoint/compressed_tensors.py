@@ -32,7 +32,7 @@ class CompressedTensorsCheckpoint(QuantisedCheckpoint):
     def check(self, config: Metadata) -> None:
         """Refuse other formats, and what is more than integer weights."""
         for reason in _obstacles(config):
-            raise QSpecError(f"{self.path} cannot be imported: {reason}")
+            raise QSpecError(f"{self.path} is compressed-tensors, but cannot be imported: {reason}")
 
     def bits(self, module: str) -> int:
         """Bits of a code."""

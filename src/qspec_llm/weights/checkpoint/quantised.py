@@ -66,10 +66,8 @@ class QuantisedCheckpoint(SafetensorsCheckpoint, ABC):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.check(self.metadata["quantization_config"])
-        names = super().names()
-        self._modules = {
-            name.removesuffix(f".{self.packed}") for name in names if name.endswith(self.packed)
-        }
+        names, suffix = super().names(), f".{self.packed}"
+        self._modules = {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
         if not self._modules:
             raise QSpecError(
                 f"{path} says that it is quantised with {self.method!r}, but no tensor is"
@@ -77,13 +75,13 @@ class QuantisedCheckpoint(SafetensorsCheckpoint, ABC):
         hidden = {f"{m}.{part}" for m in self._modules for part in (self.packed, *self.parts)}
         hidden |= {name for name in names if self._is_idle_bias(name)}
         self._names = sorted({*names} - hidden | {f"{m}.weight" for m in self._modules})
-        bits = [self.bits(module) for module in sorted(self._modules)]
-        for module, width in zip(sorted(self._modules), bits, strict=True):
+        bits = {module: self.bits(module) for module in sorted(self._modules)}
+        for module, width in bits.items():
             if width not in (4, 8):
                 raise QSpecError(
                     f"{module!r} of {path} has {width} bits; {self.method} is imported at 4 and 8"
                 )
-        own = Target.INT4 if 4 in bits else Target.INT8
+        own = Target.INT4 if 4 in bits.values() else Target.INT8
         self.target = own if all(map(self._is_ordered, self._modules)) else Target.BF16
 
     @abstractmethod
