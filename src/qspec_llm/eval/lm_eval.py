@@ -234,7 +234,9 @@ def evaluate_tasks(
         log_samples=False,
     )
     try:
-        results = run(task_manager=TaskManager())
+        # lm-eval's own tasks take seconds to list
+        manager = TaskManager(include_defaults=len(files) < len(tasks))
+        results = run(task_manager=manager)
     except QSpecError:
         raise
     except KeyError as error:
