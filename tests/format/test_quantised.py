@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers_model_dir import write_model
 from helpers_weights import assert_same_bits, gaussian, generator, refused
 from qspec_llm.config import resolve_target
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.llm import LLM
 from qspec_llm.weights.checkpoint import open_checkpoint
 from qspec_llm.weights.planes import Grid, Planes, draft_weight, verify_weight
 from qspec_llm.weights.quantize import Recipe, Target, nest
@@ -364,3 +367,53 @@ def test_three_bits_are_refused(tmp_path: Path) -> None:
     tensors["scales"] = torch.ones(4, 20, dtype=torch.float16)
     with refused(MODULE, "4 and 8"):
         open_checkpoint(write(tmp_path / "m", tensors, GPTQ))
+
+
+def quantise(weight: Tensor, group: int = 32) -> Matrix:
+    """Round a float matrix to nearest, asymmetrically, in the formats' terms."""
+    matrix = Matrix.__new__(Matrix)
+    grouped = weight.float().view(weight.shape[0], -1, group)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    matrix.bits, matrix.group, matrix.dtype = 4, group, torch.float16
+    matrix.scale = ((high - low) / 15).to(torch.float16)
+    step = matrix.scale.float()
+    matrix.zero = torch.round(-low / step).clamp(0, 15).long()
+    codes = torch.round(grouped / step[..., None]) + matrix.zero[..., None]
+    matrix.values = codes.clamp(0, 15).long().view(weight.shape)
+    matrix.index = torch.arange(weight.shape[1]) // group
+    return matrix
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_a_quantised_model_generates_as_its_dequantised_self(tmp_path: Path, form: str) -> None:
+    """From config.json to tokens: drafts change nothing, and int4 is bf16 up to rounding."""
+    write_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {}
+    for name, value in load_file(file).items():
+        if value.ndim == 1 or "embed" in name or "lm_head" in name:
+            tensors[name] = value
+            continue
+        matrix, module = quantise(value), name.removesuffix(".weight")
+        parts = gptq(matrix) if form == "gptq" else compressed(matrix, symmetric=False)
+        if form != "gptq":
+            parts["weight_shape"] = torch.tensor(value.shape)
+        tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors, file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "llama", "quantization_config": GPTQ if form == "gptq" else COMPRESSED}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    params = SamplingParams(max_tokens=24, temperature=0, logprobs=0)
+    llm = LLM(tmp_path, max_tokens_in_kv=1024)
+    assert llm.config.target is Target.INT4
+    plain, drafted = (llm.generate("hello there", params, gamma=gamma)[0] for gamma in (0, 3))
+    assert plain.outputs[0].token_ids == drafted.outputs[0].token_ids
+    assert plain.outputs[0].logprobs == drafted.outputs[0].logprobs
+    floats = LLM(tmp_path, target="bf16", max_tokens_in_kv=1024)
+    other = floats.generate("hello there", params)[0].outputs[0]
+    assert other.logprobs is not None
+    assert plain.outputs[0].logprobs is not None
+    first = plain.outputs[0].logprobs[0]
+    assert first.token_id == other.logprobs[0].token_id
+    assert first.logprob == pytest.approx(other.logprobs[0].logprob, abs=0.1)
