@@ -2,17 +2,21 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers_model_dir import write_model
 from helpers_weights import assert_same_bits, gaussian, refused
+from qspec_llm.cli import main
+from qspec_llm.engine.params import SamplingParams
+from qspec_llm.llm import LLM
 from qspec_llm.weights.checkpoint import open_checkpoint
 from qspec_llm.weights.lora import merge
 from qspec_llm.weights.planes import Planes, verify_weight
@@ -158,6 +162,37 @@ def test_a_missing_or_pickled_adapter_is_refused(tmp_path: Path, model: Path) ->
     (tmp_path / "lora" / "adapter_model.safetensors").rename(tmp_path / "lora/adapter_model.bin")
     with refused("adapter_model.safetensors", "pickled"):
         merge(open_checkpoint(model), tmp_path / "lora")
+
+
+@pytest.mark.parametrize("target", ["bf16", "int8", "int4"])
+def test_a_model_with_an_adapter_is_the_model_merged_by_hand(
+    tmp_path: Path, model: Path, target: str
+) -> None:
+    """Tokens and log-probabilities, drafts included, are those of a checkpoint merged on disk."""
+    made = write_adapter(tmp_path / "lora")
+    merged = shutil.copytree(model, tmp_path / "merged")
+    tensors = load_file(model / "model.safetensors")
+    for module, (a, b) in made.items():
+        weight = tensors[f"{module}.weight"].float() + 12 / 4 * (b @ a)
+        tensors[f"{module}.weight"] = weight.to(torch.bfloat16)
+    save_file(tensors, merged / "model.safetensors")
+    params = SamplingParams(max_tokens=16, temperature=0, logprobs=0)
+    options = {"target": target, "gamma": 2, "max_tokens_in_kv": 1024}
+    adapted = LLM(model, lora=tmp_path / "lora", **options)
+    found = adapted.generate("hello", params)[0].outputs[0]
+    assert found == LLM(merged, **options).generate("hello", params)[0].outputs[0]
+    assert found.logprobs != LLM(model, **options).generate("hello", params)[0].outputs[0].logprobs
+
+
+def test_the_command_takes_an_adapter(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "lora", use_dora=True)
+    command = ["generate", str(model), "--prompt", "hi", "--max-tokens", "2", "--lora"]
+    assert main([*command, str(tmp_path / "lora")]) == 2
+    assert "use_dora" in capsys.readouterr().err
+    write_adapter(tmp_path / "good")
+    assert main([*command, str(tmp_path / "good")]) == 0
 
 
 class Planar:

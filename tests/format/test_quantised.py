@@ -66,10 +66,12 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 def gptq(matrix: Matrix, *, zero_step: int = 1) -> dict[str, Tensor]:
-    zeros = (matrix.zero - zero_step) % (1 << matrix.bits)
+    zeros = words(matrix.zero.T.contiguous(), matrix.bits).long()
+    ones = {4: 0x11111111, 8: 0x01010101}[matrix.bits]  # v1: taken off whole words
+    zeros = (zeros - zero_step * ones) & 0xFFFFFFFF
     return {
         "qweight": words(matrix.values, matrix.bits).T.contiguous(),
-        "qzeros": words(zeros.T.contiguous(), matrix.bits),
+        "qzeros": torch.where(zeros >= 1 << 31, zeros - (1 << 32), zeros).to(torch.int32),
         "scales": matrix.scale.T.contiguous(),
         "g_idx": matrix.index.to(torch.int32),
     }
@@ -249,9 +251,11 @@ def test_an_order_that_is_none_is_kept(tmp_path: Path) -> None:
     assert_kept(read(write(tmp_path / "m", tensors, COMPRESSED), Target.INT4), matrix, 64)
 
 
-def test_a_zero_point_of_none_wraps_in_gptq_v1(tmp_path: Path) -> None:
+def test_zero_points_of_zero_borrow_in_gptq_v1(tmp_path: Path) -> None:
+    """Zero points 0 and 5 make the byte 0x50, which is stored as 0x3F."""
     matrix = Matrix()
-    matrix.zero.zero_()
+    matrix.zero[0::2], matrix.zero[1::2] = 0, 5
+    assert gptq(matrix)["qzeros"][0, 0] == 0x3F3F3F3F
     checkpoint = open_checkpoint(write(tmp_path / "m", gptq(matrix), GPTQ))
     assert_same_bits(checkpoint.read(NAME, Target.BF16), matrix.weight())
 

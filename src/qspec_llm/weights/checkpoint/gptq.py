@@ -1,11 +1,12 @@
 """GPTQ checkpoints (Frantar et al. 2022) as AutoGPTQ and GPTQModel write them.
 
     qweight  [K bits/32, N]       int32  codes of one output, consecutive inputs in a word
-    qzeros   [groups, N bits/32]  int32  zero points; format "gptq" (v1) holds z - 1, "gptq_v2" z
+    qzeros   [groups, N bits/32]  int32  zero points; "gptq_v2" holds z, "gptq" (v1) z - 1
     scales   [groups, N]          float16 or bfloat16
     g_idx    [K]                  int32  the group of each input
 
-In v1 a stored zero point of all ones stands for z = 0: it is taken modulo 2^bits, as AutoGPTQ does.
+In v1 the ones were taken off whole words, so a zero point of 0 borrows from its neighbour; they are
+added to whole words again, as GPTQModel does.
 Under act-order (`desc_act` without static groups) g_idx is a permutation's and the matrix is
 dequantised.
 """
@@ -19,7 +20,8 @@ from qspec_llm.weights.checkpoint.quantised import Codes, QuantisedCheckpoint, u
 
 __all__ = ["GPTQCheckpoint"]
 
-FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is added to a stored zero point
+FORMATS = {"gptq": True, "gptq_v2": False}  # whether zero points are stored less 1
+ONES = {4: 0x11111111, 8: 0x01010101}
 
 
 class GPTQCheckpoint(QuantisedCheckpoint):
@@ -37,7 +39,7 @@ class GPTQCheckpoint(QuantisedCheckpoint):
             raise QSpecError(
                 f"{self.path} is GPTQ in the format {form!r}; readable are {', '.join(FORMATS)}"
             )
-        self._zero_step = FORMATS[form]
+        self._is_v1 = FORMATS[form]
 
     def bits(self, module: str) -> int:
         """Bits of a code: zero points are packed like codes."""
@@ -57,13 +59,21 @@ class GPTQCheckpoint(QuantisedCheckpoint):
         """A module's codes, scales and zero points."""
         bits = self.bits(module)
         values = unpack_words(self.tensor(f"{module}.qweight").T, bits)
-        zeros = unpack_words(self.tensor(f"{module}.qzeros"), bits).to(torch.int16)
+        zeros = self.tensor(f"{module}.qzeros")
+        if self._is_v1:
+            zeros = _plus(zeros, ONES[bits])
         scale = self.tensor(f"{module}.scales")
         index = self.group_index(module)
         if index is None:
             index = torch.arange(values.shape[1]) // (values.shape[1] // scale.shape[0])
-        zeros = (zeros + self._zero_step) % (1 << bits)
-        return Codes(values, scale.T, zeros.T, bits, index)
+        zero = unpack_words(zeros, bits).to(torch.int16)
+        return Codes(values, scale.T, zero.T, bits, index)
 
     def _raw_shape(self, module: str, part: str) -> tuple[int, ...]:
         return self.raw_shape(f"{module}.{part}")
+
+
+def _plus(words: Tensor, ones: int) -> Tensor:
+    """int32 words plus a constant, modulo 2^32."""
+    total = (words.long() + ones) & 0xFFFFFFFF
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
