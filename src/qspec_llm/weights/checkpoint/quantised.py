@@ -26,6 +26,8 @@ from qspec_llm.weights.quantize import Recipe, Target, draft_bits, nest
 
 __all__ = ["Codes", "QuantisedCheckpoint", "to_planes", "unpack_words"]
 
+BLOCK_ELEMENTS = 1 << 20  # weights that are dequantised at a time
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -47,9 +49,14 @@ class Codes:
 
     def weight(self) -> Tensor:
         """The weights [N, K] float32, exact: a product of at most 11 and 9 bits."""
-        zero = self.zero[:, self.column_groups]
-        scale = self.scale.float()[:, self.column_groups]
-        return (self.values.to(torch.int16) - zero).float().mul_(scale)
+        index = self.column_groups
+        out = torch.empty(self.values.shape, dtype=torch.float32)
+        num_rows = max(1, BLOCK_ELEMENTS // self.values.shape[1])  # temporaries stay small
+        for start in range(0, len(out), num_rows):
+            part = slice(start, start + num_rows)
+            level = self.values[part].to(torch.int16) - self.zero[part][:, index]
+            torch.mul(level.float(), self.scale[part].float()[:, index], out=out[part])
+        return out
 
 
 class QuantisedCheckpoint(SafetensorsCheckpoint, ABC):
