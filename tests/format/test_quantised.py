@@ -300,6 +300,17 @@ def test_floats_beside_codes_are_read_as_they_are(tmp_path: Path) -> None:
     assert_same_bits(checkpoint.read("model.norm.weight", Target.INT4), norm)
 
 
+def test_linears_left_in_floats_keep_every_bit(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    more = {name: gaussian(N, K).to(torch.bfloat16), "lm_head.weight": gaussian(N, K)}
+    checkpoint = open_checkpoint(write(tmp_path / "m", gptq(Matrix()), GPTQ, more=more))
+    planes = checkpoint.read(name, Target.INT4)
+    assert isinstance(planes, Planes)
+    assert_same_bits(verify_weight(planes), more[name].float())
+    for other, target in ((name, Target.INT8), ("lm_head.weight", Target.INT4)):
+        assert_same_bits(checkpoint.read(other, target), more[other])  # `nest` decides
+
+
 @pytest.mark.parametrize(("model_type", "is_left_out"), [("llama", True), ("qwen2", False)])
 def test_biases_of_zero_that_no_family_has_are_left_out(
     tmp_path: Path, model_type: str, is_left_out: bool
@@ -395,8 +406,8 @@ def test_a_quantised_model_generates_as_its_dequantised_self(tmp_path: Path, for
     file = tmp_path / "model.safetensors"
     tensors = {}
     for name, value in load_file(file).items():
-        if value.ndim == 1 or "embed" in name or "lm_head" in name:
-            tensors[name] = value
+        if value.ndim == 1 or "embed" in name or "lm_head" in name or "1.mlp.up" in name:
+            tensors[name] = value  # one linear of the second layer stays in floats, too
             continue
         matrix, module = quantise(value), name.removesuffix(".weight")
         parts = gptq(matrix) if form == "gptq" else compressed(matrix, symmetric=False)

@@ -26,6 +26,7 @@ from qspec_llm.weights.quantize import Recipe, Target, draft_bits, nest
 
 __all__ = ["Codes", "QuantisedCheckpoint", "to_planes", "unpack_words"]
 
+LINEAR = "_proj.weight"  # how names of linears end, but for the LM head's
 BLOCK_ELEMENTS = 1 << 20  # weights that are dequantised at a time
 
 
@@ -130,7 +131,11 @@ class QuantisedCheckpoint(SafetensorsCheckpoint, ABC):
         """One tensor: planes where `target` keeps the file's codes, else floating point."""
         module = self._module_of(name)
         if module is None:
-            return super().read(name, target)
+            value = super().read(name, target)
+            if isinstance(value, Tensor) and target is self.target and name.endswith(LINEAR):
+                # the quantiser left this one in floats, which are part of the model it made
+                return nest(value, Recipe(Target.BF16, group=GROUPS[0]))
+            return value
         codes = self.codes(module)
         if not torch.isfinite(codes.scale).all():
             raise QSpecError(f"tensor {name!r} of {self.path} has a scale of inf or NaN")
