@@ -193,6 +193,8 @@ def test_the_command_prints_tables(model_dir: Path, capsys: pytest.CaptureFixtur
     [
         (("--plot",), "-o DIR"),
         (("--gamma", "auto"), "number"),
+        (("--limit", "0"), "limit is 0"),
+        (("--window", "1"), "window is 1"),
         (("--fidelity", "--prompts", "none"), "--prompts none"),
         (("--prompts", "/nowhere"), "/nowhere"),
     ],

@@ -41,6 +41,9 @@ def run(args: argparse.Namespace) -> None:
         args.gamma = DEFAULT_GAMMA
     if args.gamma == "auto":
         raise QSpecError("gamma is 'auto'; acceptance by position needs a number")
+    for option, least in (("limit", 1), ("window", 2)):
+        if (value := getattr(args, option)) is not None and value < least:
+            raise QSpecError(f"{option} is {value}; it must be at least {least}")
     if args.plot and args.output is None:
         raise QSpecError("--plot needs -o DIR, where the files go")
     if args.plot:
@@ -54,7 +57,6 @@ def run(args: argparse.Namespace) -> None:
         "target": llm.config.target.value,
         "draft": llm.config.draft.value,
         "gamma": args.gamma,
-        "group": llm.config.group,
         "backend": llm.config.backend,
     }
     if args.tasks:
