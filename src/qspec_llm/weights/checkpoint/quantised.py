@@ -4,7 +4,7 @@ A format says how codes, scales and zero points of a module are packed; this mod
 our affine planes where the grid allows, else into floats (docs/format.md, "Imported checkpoints").
 The codes always survive exactly. Zero points that are the middle of the range need no offset, so
 symmetric checkpoints are kept bit for bit. Others become an offset b = -z s, rounded once to the
-scales' dtype: at most 2^-12 of |b| for float16, less than a 256th of a step.
+scales' dtype: off by at most 2^-12 of |b| for float16, a 256th of a 4-bit step.
 
 What cannot be kept is dequantised, s (q - z) in float32: columns whose groups are not contiguous
 (act-order), groups that are no multiple of 32, scales of a dtype that the format does not have.
