@@ -30,6 +30,7 @@ class HFTokenizer:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise QSpecError(f"the tokenizer of {path} cannot be read: {reason}") from None
+        self._fast: Any = getattr(self._tokenizer, "backend_tokenizer", None)
 
     @property
     def has_chat_template(self) -> bool:
@@ -80,6 +81,9 @@ class HFTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
+        if self._fast is not None:
+            # what the library's own `decode` comes to, in 2 us instead of 12: twice a token
+            return str(self._fast.decode(list(token_ids)))
         return str(
             self._tokenizer.decode(
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
