@@ -10,7 +10,7 @@ from helpers_engine import DRAFT, ByteTokenizer, drain, greedy, tiny_decoder
 from helpers_weights import refused
 from qspec_llm.engine.accept import Accepted
 from qspec_llm.engine.batch import Batch, Span
-from qspec_llm.engine.costs import StepCosts, load_costs, measure_costs, save_costs
+from qspec_llm.engine.costs import StepCosts, kernel_build, load_costs, measure_costs, save_costs
 from qspec_llm.engine.engine import Engine
 from qspec_llm.engine.gamma import GammaChooser, expected_tokens
 from qspec_llm.engine.params import SamplingParams
@@ -255,6 +255,18 @@ def test_measured_costs_are_kept_and_read(tmp_path):
     save_costs(tmp_path / "new", key, measured)
     assert load_costs(tmp_path / "new", key) == measured
     assert load_costs(tmp_path / "new", {**key, "threads": 2}) is None
+
+
+def test_costs_of_other_kernels_are_not_these(tmp_path, monkeypatch):
+    monkeypatch.setattr("qspec_llm.kernels.__path__", [str(tmp_path)])
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "_cpu.so").write_bytes(b"one")
+    first = kernel_build()
+    assert kernel_build() == first
+    (tmp_path / "notes.txt").write_text("no kernel")
+    assert kernel_build() == first
+    (tmp_path / "cpu" / "_cpu.so").write_bytes(b"two")
+    assert kernel_build() != first
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 99, "key": {}}'])

@@ -101,6 +101,7 @@ def create_app(llm: LLM, options: ServerOptions) -> FastAPI:
         worker = Worker(llm.engine, loop, metrics, options.max_waiting)
         worker.start()
         app.state.service = Service(llm, worker, options.names)
+        app.state.service.prepare()
         yield
         worker.stop()
         await asyncio.to_thread(worker.join, 10.0)
@@ -246,11 +247,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _events(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
     """Chunks as server-sent events; the client's going closes `chunks`, which cancels its work."""
     try:
         async for chunk in chunks:
-            yield f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+            yield f"data: {chunk}\n\n"
         yield "data: [DONE]\n\n"
     except APIError as error:
         yield f"data: {json.dumps(error.body())}\n\n"

@@ -1,5 +1,6 @@
 """From request bodies to what the engine takes: prompts, sampling options, grammars."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,26 +120,38 @@ class Converter:
         )
 
     def grammar(self, body: Options, tools: Tools | None) -> GuidedGrammar | None:
-        """What the answer must follow; takes up to a second, so not on the event loop."""
+        """What the answer must follow; takes its time, so not on the event loop."""
         form = getattr(body, "response_format", None)
         if tools is None and (form is None or form.type == "text"):
             return None
         param = "tools" if tools else "response_format"
         try:
-            if self._compiler is None:
-                config = self._llm.model_config
-                self._compiler = GrammarCompiler(
-                    self._llm.tokenizer.hf, config.vocab_size, config.eos_token_ids
-                )
+            compiler = self._get_compiler()
             if tools is not None:
-                return self._compiler.tool_calls(
+                return compiler.tool_calls(
                     tools.functions, is_required=tools.is_required, is_parallel=tools.is_parallel
                 )
             if isinstance(form, JsonSchemaFormat):
-                return self._compiler.json_schema(form.json_schema.json_schema or {})
-            return self._compiler.json_schema({"type": "object"})
+                return compiler.json_schema(form.json_schema.json_schema or {})
+            return compiler.json_schema({"type": "object"})
         except QSpecError as error:
             raise bad_request(str(error), param) from None
+
+    def _get_compiler(self) -> GrammarCompiler:
+        if self._compiler is None:
+            config = self._llm.model_config
+            self._compiler = GrammarCompiler(
+                self._llm.tokenizer.hf, config.vocab_size, config.eos_token_ids
+            )
+        return self._compiler
+
+    def prepare(self) -> None:
+        """Read the vocabulary for grammars now: it holds Python's lock for a quarter of a second.
+
+        Where grammars cannot be had, who asks for one will hear why.
+        """
+        with contextlib.suppress(QSpecError):
+            self._get_compiler()
 
     def params(self, body: Options, num_prompt: int) -> SamplingParams:
         """Sampling options of a body whose longest prompt has `num_prompt` tokens."""

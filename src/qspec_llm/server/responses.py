@@ -11,6 +11,7 @@ from qspec_llm.server.worker import News
 from qspec_llm.tokenizer import HFTokenizer
 
 __all__ = [
+    "Body",
     "Choice",
     "ToolCallReader",
     "chat_logprobs",
@@ -20,6 +21,7 @@ __all__ = [
     "usage",
 ]
 
+Body = dict[str, Any]  # of a response, or a part of one
 TOOL_BEGIN, TOOL_END = "<tool_call>", "</tool_call>"
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
