@@ -15,6 +15,7 @@ from qspec_llm.errors import QSpecError
 __all__ = ["HFTokenizer", "Message"]
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+COMPOSED = 4  # characters that Unicode normalisation may make one of
 
 
 class HFTokenizer:
@@ -102,6 +103,16 @@ class HFTokenizer:
         if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return bytes([int(match[1], 16)])
         return str(piece).replace("\u2581", " ").encode()
+
+    @cached_property
+    def longest_piece(self) -> int | None:
+        """Characters that one token stands for at most, generously; None where nobody knows.
+
+        A text longer than so many times a limit of tokens need not be encoded to be refused.
+        """
+        if self._fast is None or not self._is_byte_level:
+            return None
+        return COMPOSED * max(map(len, self._fast.get_vocab(with_added_tokens=True)))
 
     @cached_property
     def _is_byte_level(self) -> bool:

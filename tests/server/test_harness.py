@@ -14,7 +14,7 @@ from qspec_llm import SamplingParams
 def pairs():
     """Contexts and continuations, some that share their beginning, one longer than a chunk."""
     rng = random.Random(5)
-    words = ["".join(rng.choices("abcdefgh ", k=rng.randint(3, 9))) for _ in range(40)]
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(3, 9))) for _ in range(40)]
     shared = " ".join(words[:9])
     contexts = [shared, shared, " ".join(words), "Q", words[3], shared + " " + words[20]]
     return [(context, f" {rng.choice(words)}{index}") for index, context in enumerate(contexts)]

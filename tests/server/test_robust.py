@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import pytest
@@ -324,6 +325,33 @@ def test_acceptance_below_what_pays_is_a_warning(make_llm, caplog, monkeypatch):
 
 
 # Under load
+
+
+def test_short_steps_of_many_answers_share_their_chunks(server, offline):
+    """Many streams: a chunk carries some steps' tokens. One stream: a chunk a step."""
+    from qspec_llm import SamplingParams
+
+    def ask(index):
+        body = {"prompt": f"stream {index}", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        body |= {"temperature": 0, "logprobs": 0, "speculative": False}
+        lines = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line[6:])["choices"][0] for line in lines[:-2]]
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, range(8)))
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    for index, chunks in enumerate(answers):
+        (wanted,) = offline.generate([f"stream {index}"], params)
+        assert "".join(chunk["text"] for chunk in chunks) == wanted.outputs[0].text
+        assert sum(len(chunk["logprobs"]["tokens"]) for chunk in chunks) == 300
+        offsets = [offset for chunk in chunks for offset in chunk["logprobs"]["text_offset"]]
+        assert offsets == sorted(offsets)
+        assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [
+            "length"
+        ]
+    assert sum(map(len, answers)) < 8 * 300 / 2
+    assert len(ask(8)) == 300
 
 
 def random_body(rng, prompts):

@@ -63,6 +63,8 @@ class Converter:
         return [self._prompt(each) for each in prompts]
 
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            self._check_length(len(prompt), "prompt")
         try:
             tokens = self._llm.encode(prompt)
         except QSpecError as error:
@@ -70,6 +72,17 @@ class Converter:
         if not isinstance(prompt, str):
             self._check_tokens(tokens, "prompt")
         return tokens
+
+    def _check_length(self, num_characters: int, param: str) -> None:
+        """Refuse a text that no tokens that fit could spell; to encode it may take seconds."""
+        piece = self._llm.tokenizer.longest_piece
+        if piece is not None and num_characters > piece * self.longest:
+            raise bad_request(
+                f"{param} has {num_characters} characters, and this server holds {self.longest} "
+                "tokens of a request",
+                param,
+                "context_length_exceeded",
+            )
 
     def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
         """Here rather than in the engine, since a stream's status is sent before it hears of it."""
@@ -81,6 +94,7 @@ class Converter:
 
     def chat_prompt(self, messages: Sequence[ChatMessage], tools: Tools | None = None) -> list[int]:
         """Token ids of a conversation."""
+        self._check_length(sum(len(_text(each.content)) for each in messages), "messages")
         template = self._llm.tokenizer.chat_template
         knows_tools = "tools" in template
         records = [_message(message, knows_tools=knows_tools) for message in messages]

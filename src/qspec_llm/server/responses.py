@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qspec_llm.engine.request import Request, TokenLogprobs
-from qspec_llm.server.worker import News
+from qspec_llm.server.jobs import News
 from qspec_llm.tokenizer import HFTokenizer
 
 __all__ = [

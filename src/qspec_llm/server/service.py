@@ -11,6 +11,7 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.llm import LLM
 from qspec_llm.server.convert import MAX_PROMPTS, Converter
 from qspec_llm.server.errors import APIError, bad_request
+from qspec_llm.server.jobs import EngineFailedError, Job, News, Submission
 from qspec_llm.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -19,7 +20,7 @@ from qspec_llm.server.protocol import (
     TokenizeRequest,
 )
 from qspec_llm.server.responses import Body, Choice, metrics, origins, usage
-from qspec_llm.server.worker import EngineFailedError, Job, News, Submission, Worker
+from qspec_llm.server.worker import Worker
 from qspec_llm.server.writers import Plan, Writer, echo, writer_of
 
 __all__ = ["Service"]

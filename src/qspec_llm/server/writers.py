@@ -8,6 +8,7 @@ from qspec_llm.engine.grammar import GuidedGrammar
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.text import TextStream
 from qspec_llm.server.convert import Tools
+from qspec_llm.server.jobs import News
 from qspec_llm.server.protocol import ChatRequest, CompletionRequest, Options
 from qspec_llm.server.responses import (
     Body,
@@ -16,10 +17,9 @@ from qspec_llm.server.responses import (
     chat_logprobs,
     completion_logprobs,
 )
-from qspec_llm.server.worker import News
 from qspec_llm.tokenizer import HFTokenizer
 
-__all__ = ["Echo", "Plan", "Writer", "echo", "writer_of"]
+__all__ = ["ChatWriter", "CompletionWriter", "Echo", "Plan", "Writer", "echo", "writer_of"]
 
 Echo = tuple[str, list[int]]  # a prompt as text, and where each of its tokens begins there
 
