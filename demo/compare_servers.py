@@ -85,7 +85,7 @@ def _free_ports() -> list[int]:
 @contextlib.contextmanager
 def _running(command: list[str], port: int, path: str) -> Iterator[None]:
     """A server, from when it answers on."""
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + START_SECONDS
             while True:

@@ -105,7 +105,12 @@ def test_a_body_that_is_too_long_is_a_413_with_or_without_its_length(make_llm):
 
 def test_another_content_type_is_refused(server):
     for kind in ("text/plain", "multipart/form-data", "nonsense"):
-        assert is_refused(post(server.url, json.dumps(BODY), **{"content-type": kind}))
+        response = post(server.url, json.dumps(BODY), **{"content-type": kind})
+        assert is_refused(response)
+        assert "application/json" in response.json()["error"]["message"]
+    unknown = post(server.url, json.dumps({**BODY, "max_token": 4}))
+    assert is_refused(unknown)
+    assert unknown.json()["error"]["message"] == "max_token is no option here"
 
 
 def test_half_a_request_holds_up_nobody(server):

@@ -19,7 +19,7 @@ __all__ = ["Acceptance", "GammaChooser", "expected_tokens"]
 
 TOP_GAMMA = 8
 LEAST_GAIN = 1.03  # of expected speed over plain decoding: less is within the noise
-CHOOSE_EVERY = 8  # cycles, while the same requests run
+CHOOSE_EVERY = 8  # cycles, while the same requests run; sooner at first, when each tells much
 ENOUGH_WORSE = 2  # gammas in a row that promise no more than a smaller one: larger ones will not
 PROBE_SHARE = 0.01  # of the time that goes into single drafts where none pays, to notice a change
 OPTIMISM = 0.95  # an acceptance at which drafting must pay for a probe to be worth anything
@@ -67,6 +67,7 @@ class GammaChooser:
         self._corrections = Corrections()
         self._chosen_for: tuple[int, ...] = ()
         self._num_since = 0  # cycles since the last choice
+        self._patience = 1  # cycles until the next
         self._num_plain = 0  # cycles since the last draft
         self._num_drafted = 0  # cycles since the last without
 
@@ -90,8 +91,10 @@ class GammaChooser:
         auto = [request for request in generating if request.is_auto]
         ids = tuple(request.request_id for request in generating)
         self._num_since += 1
-        if ids == self._chosen_for and self._num_since < CHOOSE_EVERY:
+        is_same = ids == self._chosen_for
+        if is_same and self._num_since < self._patience:
             return
+        self._patience = min(2 * self._patience, CHOOSE_EVERY) if is_same else 1
         self._chosen_for, self._num_since = ids, 0
         auto.sort(key=self._rate, reverse=True)
         gamma, count = self._best(generating, auto)

@@ -151,6 +151,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         param = str(path[0]) if path and isinstance(path[0], str) else None
         where = ".".join(str(part) for part in path)
         text = f"{where}: {first['msg']}" if where else f"the body: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            text = f"{where} is no option here"
+        elif not path and first["type"] in ("missing", "model_attributes_type"):
+            text = "the body must be a JSON object, sent as application/json"
         return _error(bad_request(text[:1000], param))
 
     @app.exception_handler(HTTPException)
