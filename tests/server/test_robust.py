@@ -370,8 +370,27 @@ def random_body(rng, prompts):
     return body
 
 
+async def disturb(client, rng, prompts):
+    """Something else than greedy text; what it says is not looked at."""
+    text = rng.choice(prompts)
+    messages = [{"role": "user", "content": text[:30]}]
+    form = {"messages": messages, "max_tokens": 30, "response_format": {"type": "json_object"}}
+    path, body, status = rng.choice(
+        (
+            ("completions", {"prompt": text, "n": 3, "temperature": 1, "max_tokens": 20}, 200),
+            ("completions", {"prompt": text, "echo": True, "logprobs": 5, "max_tokens": 1}, 200),
+            ("completions", {"prompt": text * 40}, 400),
+            ("chat/completions", form, 200),
+        )
+    )
+    response = await client.post(f"/v1/{path}", json=body)
+    assert response.status_code == status, response.text
+
+
 async def one_client(client, rng, prompts, results, num_bodies):
     for _ in range(num_bodies):
+        if rng.random() < 0.15:
+            await disturb(client, rng, prompts)
         body = random_body(rng, prompts)
         fate = rng.random()
         try:
