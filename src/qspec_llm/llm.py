@@ -17,7 +17,14 @@ from qspec_llm.config import (
     parse_choice,
     resolve_target,
 )
-from qspec_llm.engine.costs import COST_TOKENS, StepCosts, load_costs, measure_costs, save_costs
+from qspec_llm.engine.costs import (
+    COST_TOKENS,
+    StepCosts,
+    kernel_build,
+    load_costs,
+    measure_costs,
+    save_costs,
+)
 from qspec_llm.engine.emit import Emission
 from qspec_llm.engine.engine import MAX_ROWS, Engine, Gamma, check_gamma
 from qspec_llm.engine.graphs import graphs_of
@@ -176,8 +183,8 @@ class LLM:
     def step_costs(self) -> StepCosts:
         """What steps cost here: read from disk, or measured (for some 20 seconds) and kept there.
 
-        They hold for one machine, model, number of threads and version; `config.cache_directory`
-        says where they are.
+        They hold for one machine, model, number of threads and build of the kernels;
+        `config.cache_directory` says where they are.
         """
         if self._costs is None:
             key = self._costs_key()
@@ -199,6 +206,7 @@ class LLM:
         config = self.config
         return {
             "version": __version__,
+            "kernels": kernel_build(),
             "machine": f"{platform.node()} {_cpu_name()}",
             "model": repr(self.model_config),
             "bytes": self.decoder.nbytes(),

@@ -15,6 +15,7 @@ from qspec_llm.errors import QSpecError
 __all__ = ["HFTokenizer", "Message"]
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+COMPOSED = 4  # characters that Unicode normalisation may make one of
 
 
 class HFTokenizer:
@@ -30,6 +31,7 @@ class HFTokenizer:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise QSpecError(f"the tokenizer of {path} cannot be read: {reason}") from None
+        self._fast: Any = getattr(self._tokenizer, "backend_tokenizer", None)
 
     @property
     def has_chat_template(self) -> bool:
@@ -80,6 +82,9 @@ class HFTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
+        if self._fast is not None:
+            # what the library's own `decode` comes to, in 2 us instead of 12: twice a token
+            return str(self._fast.decode(list(token_ids)))
         return str(
             self._tokenizer.decode(
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -98,6 +103,16 @@ class HFTokenizer:
         if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return bytes([int(match[1], 16)])
         return str(piece).replace("\u2581", " ").encode()
+
+    @cached_property
+    def longest_piece(self) -> int | None:
+        """Characters that one token stands for at most, generously; None where nobody knows.
+
+        A text longer than so many times a limit of tokens need not be encoded to be refused.
+        """
+        if self._fast is None or not self._is_byte_level:
+            return None
+        return COMPOSED * max(map(len, self._fast.get_vocab(with_added_tokens=True)))
 
     @cached_property
     def _is_byte_level(self) -> bool:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import pytest
@@ -104,7 +105,12 @@ def test_a_body_that_is_too_long_is_a_413_with_or_without_its_length(make_llm):
 
 def test_another_content_type_is_refused(server):
     for kind in ("text/plain", "multipart/form-data", "nonsense"):
-        assert is_refused(post(server.url, json.dumps(BODY), **{"content-type": kind}))
+        response = post(server.url, json.dumps(BODY), **{"content-type": kind})
+        assert is_refused(response)
+        assert "application/json" in response.json()["error"]["message"]
+    unknown = post(server.url, json.dumps({**BODY, "max_token": 4}))
+    assert is_refused(unknown)
+    assert unknown.json()["error"]["message"] == "max_token is no option here"
 
 
 def test_half_a_request_holds_up_nobody(server):
@@ -326,6 +332,33 @@ def test_acceptance_below_what_pays_is_a_warning(make_llm, caplog, monkeypatch):
 # Under load
 
 
+def test_short_steps_of_many_answers_share_their_chunks(server, offline):
+    """Many streams: a chunk carries some steps' tokens. One stream: a chunk a step."""
+    from qspec_llm import SamplingParams
+
+    def ask(index):
+        body = {"prompt": f"stream {index}", "max_tokens": 300, "ignore_eos": True, "stream": True}
+        body |= {"temperature": 0, "logprobs": 0, "speculative": False}
+        lines = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line[6:])["choices"][0] for line in lines[:-2]]
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, range(8)))
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    for index, chunks in enumerate(answers):
+        (wanted,) = offline.generate([f"stream {index}"], params)
+        assert "".join(chunk["text"] for chunk in chunks) == wanted.outputs[0].text
+        assert sum(len(chunk["logprobs"]["tokens"]) for chunk in chunks) == 300
+        offsets = [offset for chunk in chunks for offset in chunk["logprobs"]["text_offset"]]
+        assert offsets == sorted(offsets)
+        assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [
+            "length"
+        ]
+    assert sum(map(len, answers)) < 8 * 300 / 2
+    assert len(ask(8)) == 300
+
+
 def random_body(rng, prompts):
     prompt = rng.choice(prompts)[: rng.randint(1, 160)]
     body = {"prompt": prompt, "max_tokens": rng.randint(1, 60), "temperature": 0}
@@ -337,8 +370,27 @@ def random_body(rng, prompts):
     return body
 
 
+async def disturb(client, rng, prompts):
+    """Something else than greedy text; what it says is not looked at."""
+    text = rng.choice(prompts)
+    messages = [{"role": "user", "content": text[:30]}]
+    form = {"messages": messages, "max_tokens": 30, "response_format": {"type": "json_object"}}
+    path, body, status = rng.choice(
+        (
+            ("completions", {"prompt": text, "n": 3, "temperature": 1, "max_tokens": 20}, 200),
+            ("completions", {"prompt": text, "echo": True, "logprobs": 5, "max_tokens": 1}, 200),
+            ("completions", {"prompt": text * 40}, 400),
+            ("chat/completions", form, 200),
+        )
+    )
+    response = await client.post(f"/v1/{path}", json=body)
+    assert response.status_code == status, response.text
+
+
 async def one_client(client, rng, prompts, results, num_bodies):
     for _ in range(num_bodies):
+        if rng.random() < 0.15:
+            await disturb(client, rng, prompts)
         body = random_body(rng, prompts)
         fate = rng.random()
         try:

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
-
+from qspec_llm.bench.client import Answer, ask
 from qspec_llm.errors import QSpecError
 
 __all__ = ["Load", "Outcome", "make_prompts", "plot", "run_load", "summarise"]
 
+ANSWER_SECONDS = 600.0  # that a client waits for an answer
 WORDS = (
     "river",
     "stone",
@@ -128,99 +128,96 @@ async def run_load(
     Raises:
         QSpecError: no request succeeded.
     """
-    prompts = make_prompts(load)
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(
-        base_url=url, headers=headers, timeout=600, limits=limits
-    ) as client:
-        started = time.perf_counter()
+    started = time.perf_counter()
 
-        async def ask(prompt: str) -> Outcome:
-            outcome = Outcome(time.perf_counter() - started)
-            try:
-                await _ask(client, model, prompt, load, outcome, started)
-            except (httpx.HTTPError, OSError, ValueError, KeyError) as error:
-                outcome.error = str(error) or repr(error)
-            outcome.ended = time.perf_counter() - started
-            advance()
-            return outcome
+    async def send(prompt: str) -> tuple[Outcome, Answer]:
+        outcome, answer = Outcome(time.perf_counter() - started), Answer()
+        body = _body(model, prompt, load)
+        try:
+            answer = await ask(f"{url}/v1/completions", body, headers, ANSWER_SECONDS)
+        except OSError as error:
+            outcome.error = str(error) or repr(error)
+        outcome.ended = time.perf_counter() - started
+        advance()
+        return outcome, answer
 
-        if load.rate is None:
-            outcomes = await _closed_loop(ask, prompts, load.concurrency)
-        else:
-            outcomes = await _open_loop(ask, prompts, load)
+    prompts = make_prompts(load)
+    if load.rate is None:
+        found = await _closed_loop(send, prompts, load.concurrency)
+    else:
+        found = await _open_loop(send, prompts, load)
+    outcomes = [_read(load, outcome, answer, started) for outcome, answer in found]
     if all(outcome.error for outcome in outcomes):
         raise QSpecError(f"no request succeeded; the first said: {outcomes[0].error}")
     return outcomes
 
 
 async def _closed_loop(
-    ask: Callable[[str], Any], prompts: Sequence[str], concurrency: int
-) -> list[Outcome]:
+    send: Callable[[str], Any], prompts: Sequence[str], concurrency: int
+) -> list[tuple[Outcome, Answer]]:
     waiting = iter(prompts)
 
-    async def client() -> list[Outcome]:
-        return [await ask(prompt) for prompt in waiting]
+    async def client() -> list[tuple[Outcome, Answer]]:
+        return [await send(prompt) for prompt in waiting]
 
     found = await asyncio.gather(*(client() for _ in range(min(concurrency, len(prompts)))))
-    return [outcome for outcomes in found for outcome in outcomes]
+    return [pair for pairs in found for pair in pairs]
 
 
 async def _open_loop(
-    ask: Callable[[str], Any], prompts: Sequence[str], load: Load
-) -> list[Outcome]:
+    send: Callable[[str], Any], prompts: Sequence[str], load: Load
+) -> list[tuple[Outcome, Answer]]:
     assert load.rate is not None
     rng, tasks = random.Random(load.seed + 1), []
     for prompt in prompts:
-        tasks.append(asyncio.create_task(ask(prompt)))
+        tasks.append(asyncio.create_task(send(prompt)))
         await asyncio.sleep(rng.expovariate(load.rate))
     return list(await asyncio.gather(*tasks))
 
 
-async def _ask(
-    client: httpx.AsyncClient,
-    model: str,
-    prompt: str,
-    load: Load,
-    outcome: Outcome,
-    started: float,
-) -> None:
-    """One completion; when its chunks came is noted in the outcome."""
-    body = {
+def _body(model: str, prompt: str, load: Load) -> dict[str, Any]:
+    usage = {"stream_options": {"include_usage": True}} if load.is_streamed else {}
+    return {
         "model": model,
         "prompt": prompt,
         "max_tokens": load.max_tokens,
         "temperature": 0,
         "stream": load.is_streamed,
+        **usage,
         **load.body,
     }
-    if not load.is_streamed:
-        response = await client.post("/v1/completions", json=body)
-        if response.status_code != 200:
-            raise ValueError(f"{response.status_code}: {response.text[:200]!r}")
-        outcome.chunks.append(time.perf_counter() - started)
-        outcome.num_tokens = response.json()["usage"]["completion_tokens"]
-        return
-    body["stream_options"] = {"include_usage": True}
-    usage, num_chunks = None, 0
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise ValueError(f"{response.status_code}: {(await response.aread())[:200]!r}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise ValueError(str(chunk["error"]))
-            usage = chunk.get("usage") or usage
-            if chunk["choices"]:
-                num_chunks += 1
-                outcome.chunks.append(time.perf_counter() - started)
+
+
+def _read(load: Load, outcome: Outcome, answer: Answer, started: float) -> Outcome:
+    """Add what an answer says, once the load is over: reading takes time on the server's cores."""
+    if outcome.error is not None:
+        return outcome
+    try:
+        if answer.status != 200:
+            raise ValueError(f"{answer.status}: {answer.body[:200]!r}")
+        if load.is_streamed:
+            _read_stream(outcome, answer, started)
+        else:
+            outcome.num_tokens = json.loads(answer.body)["usage"]["completion_tokens"]
+            outcome.chunks.append(outcome.ended)
+    except (ValueError, KeyError) as error:
+        outcome.error = str(error)
+    return outcome
+
+
+def _read_stream(outcome: Outcome, answer: Answer, started: float) -> None:
+    usage = None
+    for at, chunk in answer.events():
+        if "error" in chunk:
+            raise ValueError(str(chunk["error"]))
+        usage = chunk.get("usage") or usage
+        if chunk["choices"]:
+            outcome.chunks.append(at - started)
     if not outcome.chunks:
         raise ValueError("the answer was empty")
     # a server that reports no usage sends a chunk a token
-    outcome.num_tokens = usage["completion_tokens"] if usage else num_chunks
+    outcome.num_tokens = usage["completion_tokens"] if usage else len(outcome.chunks)
 
 
 def summarise(load: Load, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -292,10 +292,13 @@ def _add_bench_serve(kinds: "argparse._SubParsersAction[Any]") -> None:
     )
     serve.add_argument("--body", metavar="JSON", help="more options of each request")
     serve.add_argument("--seed", type=int, default=0)
-    serve.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before")
+    serve.add_argument("--warm-up", type=int, default=2, metavar="N", help="short rounds before")
     serve.add_argument(
-        "--offline", action="store_true", help="also do the same work without a server"
+        "--offline",
+        action="store_true",
+        help="also do the same work without a server, before and after each round",
     )
+    serve.add_argument("--rounds", type=int, default=1, metavar="N", help="of the whole load")
     serve.add_argument("--plot", metavar="DIR", help="draw PNG files there")
     serve.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 

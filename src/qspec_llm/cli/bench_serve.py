@@ -6,16 +6,19 @@ import contextlib
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 
-from qspec_llm.bench.serve import Load, make_prompts, plot, run_load, summarise
+from qspec_llm.bench.serve import Load, Outcome, make_prompts, plot, run_load, summarise
 from qspec_llm.cli.common import progress_bar
 from qspec_llm.errors import QSpecError
 
@@ -30,30 +33,64 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise QSpecError("give either a MODEL to serve, or --url and --model-name of a server")
     if args.offline and args.model is None:
         raise QSpecError("--offline needs a MODEL")
+    if args.rounds < 1:
+        raise QSpecError(f"--rounds is {args.rounds}; it must be at least 1")
     load = _load(args)
     report: dict[str, Any] = {"target": args.target, "gamma": args.gamma}
-    if args.offline:
-        report["offline"] = _offline(args, load)
-    with _server(args) as (url, name):
+    offline = _Offline(args) if args.offline else None
+    with _server(args) as (url, name), progress_bar() as bar:
+        task = bar.add_task("requests", total=load.num_requests * args.rounds)
+
+        def measure(load: Load) -> list[Outcome]:
+            advance = partial(bar.advance, task)
+            return asyncio.run(run_load(url, name, load, key=args.key, advance=advance))
+
+        few = Load(num_requests=2, concurrency=2, max_tokens=8, body=load.body, seed=-1)
         for _ in range(args.warm_up):
-            few = Load(num_requests=2, concurrency=2, max_tokens=8, body=load.body, seed=99)
             asyncio.run(run_load(url, name, few, key=args.key, advance=lambda: None))
-        with progress_bar() as bar:
-            task = bar.add_task("requests", total=load.num_requests)
-            outcomes = asyncio.run(
-                run_load(url, name, load, key=args.key, advance=lambda: bar.advance(task))
-            )
+        rates, outcomes = _Rates(), list[Outcome]()
+        for number in range(args.rounds):
+            fresh = replace(load, seed=load.seed + number)  # prompts that no cache has seen
+            if offline is not None:
+                rates.offline.append(offline.rate(fresh))
+            outcomes = measure(fresh)
+            rates.server.append(summarise(fresh, outcomes)["tokens_per_second"])
+            if offline is not None:
+                rates.again.append(offline.rate(fresh))
     report |= summarise(load, outcomes)
-    if args.offline:
-        report["server_over_offline"] = (
-            report["tokens_per_second"] / report["offline"]["tokens_per_second"]
-        )
+    report["rounds"] = rates.server
+    if offline is not None:
+        report["offline"] = rates.compared()
     if args.plot:
         title = f"{name}: {load.num_requests} requests, {_pattern(load)}"
         report["plots"] = [str(path) for path in plot(outcomes, Path(args.plot), title)]
     if not args.json:
         _show(report, load)
     return report
+
+
+@dataclass
+class _Rates:
+    """Tokens a second of each round: offline, through the server, offline again."""
+
+    offline: list[float] = field(default_factory=list)
+    server: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
+
+    def compared(self) -> dict[str, Any]:
+        """The server against the mean of both offline turns around it; medians of all rounds.
+
+        `aa_ratio` is one offline turn against the other: what noise alone does.
+        """
+        turns = list(zip(self.offline, self.server, self.again, strict=True))
+        ratios = [2 * server / (before + after) for before, server, after in turns]
+        return {
+            "tokens_per_second": statistics.median([*self.offline, *self.again]),
+            "server_tokens_per_second": statistics.median(self.server),
+            "server_over_offline": statistics.median(ratios),
+            "ratios": ratios,
+            "aa_ratio": statistics.median(after / before for before, _, after in turns),
+        }
 
 
 def _load(args: argparse.Namespace) -> Load:
@@ -78,29 +115,33 @@ def _load(args: argparse.Namespace) -> Load:
     )
 
 
-def _offline(args: argparse.Namespace, load: Load) -> dict[str, Any]:
+class _Offline:
     """The same work through the offline API, without a server."""
-    from qspec_llm.engine.params import SamplingParams
-    from qspec_llm.llm import LLM
 
-    llm = LLM(
-        args.model,
-        target=args.target,
-        gamma=args.gamma,
-        max_batch=args.max_batch,
-        threads=args.threads,
-    )
-    params = SamplingParams(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
-    llm.generate(["warm up"] * 2, SamplingParams(temperature=0, max_tokens=8))
-    started = time.perf_counter()
-    outputs = llm.generate(make_prompts(load), params)
-    seconds = time.perf_counter() - started
-    num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    return {
-        "seconds": seconds,
-        "output_tokens": num_tokens,
-        "tokens_per_second": num_tokens / seconds,
-    }
+    def __init__(self, args: argparse.Namespace) -> None:
+        from qspec_llm.llm import LLM
+
+        self._gamma = args.gamma
+        self._llm = LLM(
+            args.model,
+            target=args.target,
+            gamma=args.gamma,
+            max_batch=args.max_batch,
+            threads=args.threads,
+        )
+        self.rate(Load(num_requests=2, max_tokens=8, seed=-1))
+
+    def rate(self, load: Load) -> float:
+        """Tokens a second, with an empty cache."""
+        from qspec_llm.engine.params import SamplingParams
+
+        self._llm.engine = self._llm.new_engine(self._gamma)
+        params = SamplingParams(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
+        prompts = make_prompts(load)
+        started = time.perf_counter()
+        outputs = self._llm.generate(prompts, params)
+        seconds = time.perf_counter() - started
+        return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
 
 
 @contextlib.contextmanager
@@ -159,10 +200,15 @@ def _show(report: dict[str, Any], load: Load) -> None:
         print(f"  {name.replace('_', ' '):<20} {figures} ms")
     if report["first_error"]:
         print(f"  first error: {report['first_error']}")
-    if "offline" in report:
+    if len(report["rounds"]) > 1:
+        rates = ", ".join(f"{rate:.1f}" for rate in report["rounds"])
+        print(f"  rounds: {rates} tokens/s; the figures above are of the last")
+    if offline := report.get("offline"):
+        ratios = offline["ratios"]
         print(
-            f"  offline API: {report['offline']['tokens_per_second']:.1f} tokens/s; "
-            f"the server reaches {report['server_over_offline']:.1%} of it"
+            f"  offline API: {offline['tokens_per_second']:.1f} tokens/s; the server reaches "
+            f"{offline['server_over_offline']:.1%} of it ({min(ratios):.1%} to {max(ratios):.1%}); "
+            f"A/A {offline['aa_ratio']:.3f}"
         )
     for path in report.get("plots", ()):
         print(f"  {path}")

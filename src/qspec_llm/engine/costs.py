@@ -15,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from qspec_llm import kernels
 from qspec_llm.engine.accept import accept
 from qspec_llm.engine.batch import Batch, Span
 from qspec_llm.engine.draft import Drafts, draft
@@ -25,7 +26,14 @@ from qspec_llm.engine.text import TextStream, Tokenizer
 from qspec_llm.kv.blocks import BLOCK_SIZE, blocks_for
 from qspec_llm.weights.view import VERIFY, View
 
-__all__ = ["COST_TOKENS", "StepCosts", "load_costs", "measure_costs", "save_costs"]
+__all__ = [
+    "COST_TOKENS",
+    "StepCosts",
+    "kernel_build",
+    "load_costs",
+    "measure_costs",
+    "save_costs",
+]
 
 SHORT, LONG = 64, 1024  # keys before the rows of a measured step
 COST_TOKENS = LONG + 32  # tokens in the cache that a measurement wants
@@ -34,6 +42,7 @@ FEW_GAMMAS = (0, 1, 4)  # where steps take so long that all of them cannot be af
 MOST_ROWS = 96  # rows of the largest measured verify step
 ROUNDS = 5
 FORMAT = 1  # of the file
+KERNEL_FILES = {".py", ".so", ".pyd", ".cu", ".cuh"}  # what steps run through
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,20 @@ class _Steps:
             for index in range(size)
         ]
         return Batch(tuple(Span(request, context, (1,), 1, gamma) for request in requests))
+
+
+def kernel_build() -> str:
+    """A hash of the kernels as they are installed: compiled extensions and sources, by name."""
+    found = {
+        str(path.relative_to(root)): path
+        for root in map(Path, kernels.__path__)
+        for path in root.rglob("*")
+        if path.suffix in KERNEL_FILES
+    }
+    state = blake2b(digest_size=12)
+    for name, path in sorted(found.items()):
+        state.update(f"{name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return state.hexdigest()
 
 
 def _file(directory: Path, key: Mapping[str, Any]) -> Path:

@@ -25,8 +25,8 @@ class Emission:
 
     Attributes:
         request_id: whose.
-        token_ids: tokens added in this step.
-        num_drafted: how many of them, the first ones, came from the draft.
+        token_ids: tokens added.
+        num_drafted: how many of them came from the draft: the first ones of a step.
         segments: text that is certain now, by origin.
         finish_reason: set in its last emission.
     """
@@ -41,6 +41,16 @@ class Emission:
     def text(self) -> str:
         """Text that is certain now."""
         return "".join(segment.text for segment in self.segments)
+
+    def then(self, later: "Emission") -> "Emission":
+        """This and the next of the same request, as one."""
+        return Emission(
+            self.request_id,
+            self.token_ids + later.token_ids,
+            self.num_drafted + later.num_drafted,
+            self.segments + later.segments,
+            later.finish_reason,
+        )
 
 
 def emit(batch: Batch, accepted: Sequence[Accepted], num_before: Sequence[int]) -> list[Emission]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from qspec_llm.engine.accept import Accepted
 from qspec_llm.engine.batch import Batch
+from qspec_llm.engine.corrections import Corrections, draft_shape, verify_shape
 from qspec_llm.engine.costs import StepCosts
 from qspec_llm.engine.request import Request
 
@@ -18,7 +19,7 @@ __all__ = ["Acceptance", "GammaChooser", "expected_tokens"]
 
 TOP_GAMMA = 8
 LEAST_GAIN = 1.03  # of expected speed over plain decoding: less is within the noise
-CHOOSE_EVERY = 8  # cycles, while the same requests run
+CHOOSE_EVERY = 8  # cycles, while the same requests run; sooner at first, when each tells much
 ENOUGH_WORSE = 2  # gammas in a row that promise no more than a smaller one: larger ones will not
 PROBE_SHARE = 0.01  # of the time that goes into single drafts where none pays, to notice a change
 OPTIMISM = 0.95  # an acceptance at which drafting must pay for a probe to be worth anything
@@ -26,7 +27,8 @@ KEPT = 0.98  # of past evidence, a draft tested: the last 50 of a request or so 
 KEPT_OF_ALL = 0.995
 PRIOR = 0.8  # acceptance before anything was seen
 PRIOR_WEIGHT = 8.0  # drafts that the engine's own acceptance counts for in a new request
-CORRECTION = 0.05  # weight of one cycle in the corrections of costs
+FEW_PLAIN = 2  # plain cycles of a size that must have been seen before drafts are compared to them
+PLAIN_EVERY = 64  # cycles with drafts: then a plain one, to notice when it got better
 
 
 @dataclass
@@ -62,10 +64,12 @@ class GammaChooser:
         self.costs = costs
         self._all = Acceptance()
         self._each: dict[int, Acceptance] = {}
-        self._draft_scale = self._verify_scale = 1.0
+        self._corrections = Corrections()
         self._chosen_for: tuple[int, ...] = ()
         self._num_since = 0  # cycles since the last choice
+        self._patience = 1  # cycles until the next
         self._num_plain = 0  # cycles since the last draft
+        self._num_drafted = 0  # cycles since the last without
 
     @property
     def acceptance(self) -> float:
@@ -87,15 +91,26 @@ class GammaChooser:
         auto = [request for request in generating if request.is_auto]
         ids = tuple(request.request_id for request in generating)
         self._num_since += 1
-        if ids == self._chosen_for and self._num_since < CHOOSE_EVERY:
+        is_same = ids == self._chosen_for
+        if is_same and self._num_since < self._patience:
             return
+        self._patience = min(2 * self._patience, CHOOSE_EVERY) if is_same else 1
         self._chosen_for, self._num_since = ids, 0
         auto.sort(key=self._rate, reverse=True)
         gamma, count = self._best(generating, auto)
-        if not count and self._is_probe_due(generating, auto):
+        if count and self._is_plain_due(len(generating)):
+            count, self._chosen_for = 0, ()
+        elif not count and self._is_probe_due(generating, auto):
             gamma, count, self._chosen_for = 1, len(auto), ()
         for index, request in enumerate(auto):
             request.gamma = gamma if index < count else 0
+
+    def _is_plain_due(self, num_requests: int) -> bool:
+        """Whether to draft nothing although it is expected to pay, to see what that takes."""
+        if self._num_drafted >= PLAIN_EVERY:
+            return True
+        plain = self._corrections.count(verify_shape(num_requests, num_requests))
+        return plain < FEW_PLAIN and self._corrections.count(("verify", "drafted")) > 0
 
     def _is_probe_due(self, generating: Sequence[Request], auto: Sequence[Request]) -> bool:
         """Whether to draft one token although none is expected to pay."""
@@ -144,11 +159,14 @@ class GammaChooser:
             count * (step < gamma) + sum(each > step for each in fixed)
             for step in range(max([gamma * (count > 0), *fixed], default=0))
         ]
-        draft = sum(self.costs.draft_step(size, size * context) for size in live)
+        draft = sum(
+            self.costs.draft_step(size, size * context) * self._corrections.of(draft_shape(size))
+            for size in live
+        )
         num_requests = len(fixed) + num_auto
         num_rows = num_requests + sum(live)
         verify = self.costs.verify_step(num_requests, num_rows, num_rows * context)
-        return draft * self._draft_scale + verify * self._verify_scale
+        return draft + verify * self._corrections.of(verify_shape(num_requests, num_rows))
 
     def learn(
         self, batch: Batch, accepted: Sequence[Accepted], seconds: tuple[float, float] | None
@@ -162,6 +180,8 @@ class GammaChooser:
                 then costs stay what they were.
         """
         self._num_plain += 1
+        is_drafting = any(span.gamma for span in batch.spans)
+        self._num_drafted = self._num_drafted + 1 if is_drafting else 0
         for span, outcome in zip(batch.spans, accepted, strict=True):
             request = span.request
             if span.gamma:
@@ -193,12 +213,8 @@ class GammaChooser:
         ]
         num_rows = len(spans) + sum(live)
         expected = self.costs.verify_step(len(spans), num_rows, num_rows * context)
-        self._verify_scale = _towards(self._verify_scale, verify / expected)
+        self._corrections.tick()
+        self._corrections.learn(verify_shape(len(spans), num_rows), verify / expected)
         if live:
             expected = sum(self.costs.draft_step(size, size * context) for size in live)
-            self._draft_scale = _towards(self._draft_scale, draft / expected)
-
-
-def _towards(scale: float, ratio: float) -> float:
-    """A correction after one more cycle; one that was held up counts as twice, not as 50 times."""
-    return scale + CORRECTION * (min(max(ratio, scale / 2), scale * 2) - scale)
+            self._corrections.learn(draft_shape(max(live)), draft / expected)

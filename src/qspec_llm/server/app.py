@@ -101,6 +101,7 @@ def create_app(llm: LLM, options: ServerOptions) -> FastAPI:
         worker = Worker(llm.engine, loop, metrics, options.max_waiting)
         worker.start()
         app.state.service = Service(llm, worker, options.names)
+        app.state.service.prepare()
         yield
         worker.stop()
         await asyncio.to_thread(worker.join, 10.0)
@@ -150,6 +151,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         param = str(path[0]) if path and isinstance(path[0], str) else None
         where = ".".join(str(part) for part in path)
         text = f"{where}: {first['msg']}" if where else f"the body: {first['msg']}"
+        if first["type"] == "extra_forbidden":
+            text = f"{where} is no option here"
+        elif not path and first["type"] in ("missing", "model_attributes_type"):
+            text = "the body must be a JSON object, sent as application/json"
         return _error(bad_request(text[:1000], param))
 
     @app.exception_handler(HTTPException)
@@ -246,11 +251,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _events(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
     """Chunks as server-sent events; the client's going closes `chunks`, which cancels its work."""
     try:
         async for chunk in chunks:
-            yield f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+            yield f"data: {chunk}\n\n"
         yield "data: [DONE]\n\n"
     except APIError as error:
         yield f"data: {json.dumps(error.body())}\n\n"

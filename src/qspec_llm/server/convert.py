@@ -1,5 +1,6 @@
 """From request bodies to what the engine takes: prompts, sampling options, grammars."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class Converter:
         return [self._prompt(each) for each in prompts]
 
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            self._check_length(len(prompt), "prompt")
         try:
             tokens = self._llm.encode(prompt)
         except QSpecError as error:
@@ -69,6 +72,17 @@ class Converter:
         if not isinstance(prompt, str):
             self._check_tokens(tokens, "prompt")
         return tokens
+
+    def _check_length(self, num_characters: int, param: str) -> None:
+        """Refuse a text that no tokens that fit could spell; to encode it may take seconds."""
+        piece = self._llm.tokenizer.longest_piece
+        if piece is not None and num_characters > piece * self.longest:
+            raise bad_request(
+                f"{param} has {num_characters} characters, and this server holds {self.longest} "
+                "tokens of a request",
+                param,
+                "context_length_exceeded",
+            )
 
     def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
         """Here rather than in the engine, since a stream's status is sent before it hears of it."""
@@ -80,6 +94,7 @@ class Converter:
 
     def chat_prompt(self, messages: Sequence[ChatMessage], tools: Tools | None = None) -> list[int]:
         """Token ids of a conversation."""
+        self._check_length(sum(len(_text(each.content)) for each in messages), "messages")
         template = self._llm.tokenizer.chat_template
         knows_tools = "tools" in template
         records = [_message(message, knows_tools=knows_tools) for message in messages]
@@ -119,26 +134,38 @@ class Converter:
         )
 
     def grammar(self, body: Options, tools: Tools | None) -> GuidedGrammar | None:
-        """What the answer must follow; takes up to a second, so not on the event loop."""
+        """What the answer must follow; takes its time, so not on the event loop."""
         form = getattr(body, "response_format", None)
         if tools is None and (form is None or form.type == "text"):
             return None
         param = "tools" if tools else "response_format"
         try:
-            if self._compiler is None:
-                config = self._llm.model_config
-                self._compiler = GrammarCompiler(
-                    self._llm.tokenizer.hf, config.vocab_size, config.eos_token_ids
-                )
+            compiler = self._get_compiler()
             if tools is not None:
-                return self._compiler.tool_calls(
+                return compiler.tool_calls(
                     tools.functions, is_required=tools.is_required, is_parallel=tools.is_parallel
                 )
             if isinstance(form, JsonSchemaFormat):
-                return self._compiler.json_schema(form.json_schema.json_schema or {})
-            return self._compiler.json_schema({"type": "object"})
+                return compiler.json_schema(form.json_schema.json_schema or {})
+            return compiler.json_schema({"type": "object"})
         except QSpecError as error:
             raise bad_request(str(error), param) from None
+
+    def _get_compiler(self) -> GrammarCompiler:
+        if self._compiler is None:
+            config = self._llm.model_config
+            self._compiler = GrammarCompiler(
+                self._llm.tokenizer.hf, config.vocab_size, config.eos_token_ids
+            )
+        return self._compiler
+
+    def prepare(self) -> None:
+        """Read the vocabulary for grammars now: it holds Python's lock for a quarter of a second.
+
+        Where grammars cannot be had, who asks for one will hear why.
+        """
+        with contextlib.suppress(QSpecError):
+            self._get_compiler()
 
     def params(self, body: Options, num_prompt: int) -> SamplingParams:
         """Sampling options of a body whose longest prompt has `num_prompt` tokens."""

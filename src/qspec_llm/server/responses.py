@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qspec_llm.engine.request import Request, TokenLogprobs
-from qspec_llm.server.worker import News
+from qspec_llm.server.jobs import News
 from qspec_llm.tokenizer import HFTokenizer
 
 __all__ = [
+    "Body",
     "Choice",
     "ToolCallReader",
     "chat_logprobs",
@@ -20,6 +21,7 @@ __all__ = [
     "usage",
 ]
 
+Body = dict[str, Any]  # of a response, or a part of one
 TOOL_BEGIN, TOOL_END = "<tool_call>", "</tool_call>"
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
 

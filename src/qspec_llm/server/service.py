@@ -1,20 +1,17 @@
 """What the endpoints do, without HTTP: a body in; a response, or the chunks of one, out."""
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from qspec_llm.engine.grammar import GuidedGrammar
-from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
-from qspec_llm.engine.text import TextStream
 from qspec_llm.errors import QSpecError
 from qspec_llm.llm import LLM
-from qspec_llm.server.convert import MAX_PROMPTS, Converter, Tools
+from qspec_llm.server.convert import MAX_PROMPTS, Converter
 from qspec_llm.server.errors import APIError, bad_request
+from qspec_llm.server.jobs import EngineFailedError, Job, News, Submission
 from qspec_llm.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -22,37 +19,11 @@ from qspec_llm.server.protocol import (
     Options,
     TokenizeRequest,
 )
-from qspec_llm.server.responses import (
-    Choice,
-    ToolCallReader,
-    chat_logprobs,
-    completion_logprobs,
-    metrics,
-    origins,
-    usage,
-)
-from qspec_llm.server.worker import EngineFailedError, Job, News, Submission, Worker
+from qspec_llm.server.responses import Body, Choice, metrics, origins, usage
+from qspec_llm.server.worker import Worker
+from qspec_llm.server.writers import Plan, Writer, echo, writer_of
 
 __all__ = ["Service"]
-
-Body = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One body, read: its prompts, each with `n` completions, and how to answer."""
-
-    body: Options
-    prompts: list[list[int]]
-    params: SamplingParams
-    grammar: GuidedGrammar | None
-    tools: Tools | None
-    header: Body
-    salt: bytes
-
-    @property
-    def n(self) -> int:
-        return self.body.n or 1
 
 
 class Service:
@@ -68,6 +39,10 @@ class Service:
         self.worker, self.names = worker, tuple(names)
         self._llm, self._convert = llm, Converter(llm)
         self._created = int(time.time())
+
+    def prepare(self) -> None:
+        """Do what would hold up everybody when the first request needs it."""
+        self._convert.prepare()
 
     # What the model is
 
@@ -137,41 +112,41 @@ class Service:
             choices[news.index].add(news)
         requests = [choice.request for choice in choices if choice.request is not None]
         _check_grammars(requests)
-        write = self._chat_choice if isinstance(body, ChatRequest) else self._completion_choice
+        write = writer_of(self._llm.tokenizer, plan).whole
         return {
             **plan.header,
-            "choices": await asyncio.to_thread(lambda: [write(plan, c) for c in choices]),
-            "usage": self._usage(plan, requests),
+            "choices": await asyncio.to_thread(lambda: [write(choice) for choice in choices]),
+            "usage": _usage(plan, requests),
             "metrics": metrics(requests),
         }
 
-    async def stream(self, body: Options) -> AsyncIterator[Body]:
-        """The chunks of a response; closing the iterator cancels it."""
+    async def stream(self, body: Options) -> AsyncIterator[str]:
+        """The chunks of a response as JSON; closing the iterator cancels it."""
         plan = await self._plan(body)
-        writer = _ChatStream if isinstance(body, ChatRequest) else _CompletionStream
-        return self._chunks(plan, writer(self, plan))
+        return self._chunks(plan, writer_of(self._llm.tokenizer, plan))
 
-    async def _chunks(self, plan: _Plan, writer: "_Stream") -> AsyncIterator[Body]:
+    async def _chunks(self, plan: Plan, writer: Writer) -> AsyncIterator[str]:
         options = plan.body.stream_options
         has_usage = options is not None and options.include_usage
-        extra = {"usage": None} if has_usage else {}
+        has_origins = options is not None and options.include_origins
+        header = _json({**plan.header, **({"usage": None} if has_usage else {})})[:-1]
         requests = []
         for chunk in writer.begin():
-            yield {**plan.header, **chunk, **extra}
+            yield f"{header},{_json(chunk)[1:]}"
         async for news in self._run(plan):
             if news.finished is not None:
                 requests.append(news.finished)
                 _check_grammars([news.finished])
-            written = writer.write(news)
+            written = writer.chunk(news)
             if written is not None:
-                if options is not None and options.include_origins:
+                if has_origins:
                     written["speculative"] = origins(news)
-                yield {**plan.header, **written, **extra}
+                yield f"{header},{_json(written)[1:]}"
         if has_usage:
-            final = {"usage": self._usage(plan, requests), "metrics": metrics(requests)}
-            yield {**plan.header, "choices": [], **final}
+            final = {"usage": _usage(plan, requests), "metrics": metrics(requests)}
+            yield _json({**plan.header, "choices": [], **final})
 
-    async def _plan(self, body: Options) -> _Plan:
+    async def _plan(self, body: Options) -> Plan:
         """Read a body; what takes time is done beside the event loop."""
         self._check_model(body.model)
         if body.stream_options is not None and not body.stream:
@@ -182,7 +157,7 @@ class Service:
             raise APIError(429, "too many requests are waiting; try again later", code="queue_full")
         return await asyncio.to_thread(self._read, body)
 
-    def _read(self, body: Options) -> _Plan:
+    def _read(self, body: Options) -> Plan:
         tools = self._convert.tools(body) if isinstance(body, ChatRequest) else None
         if isinstance(body, ChatRequest):
             prompts = [self._convert.chat_prompt(body.messages, tools)]
@@ -198,23 +173,25 @@ class Service:
         params = self._convert.params(body, max(map(len, prompts)))
         if body.stream and kind == "chat.completion":
             kind = "chat.completion.chunk"
-        return _Plan(
-            body,
-            prompts,
-            params,
-            self._convert.grammar(body, tools),
-            tools,
-            {
+        is_echoing = isinstance(body, CompletionRequest) and body.echo
+        return Plan(
+            body=body,
+            prompts=prompts,
+            params=params,
+            grammar=self._convert.grammar(body, tools),
+            tools=tools,
+            header={
                 "id": f"{prefix}-{secrets.token_hex(16)}",
                 "object": kind,
                 "created": int(time.time()),
                 "model": body.model or self.names[0],
                 "system_fingerprint": None,
             },
-            (body.cache_salt or "").encode(),
+            salt=(body.cache_salt or "").encode(),
+            echoes=[echo(self._llm.tokenizer, each) for each in prompts] if is_echoing else [],
         )
 
-    def _submissions(self, plan: _Plan) -> list[Submission]:
+    def _submissions(self, plan: Plan) -> list[Submission]:
         seed = plan.params.seed if plan.params.seed is not None else secrets.randbits(64)
         return [
             Submission(
@@ -230,7 +207,7 @@ class Service:
             for sample in range(plan.n)
         ]
 
-    async def _run(self, plan: _Plan) -> AsyncIterator[News]:
+    async def _run(self, plan: Plan) -> AsyncIterator[News]:
         """News of all completions of a body until the last has ended."""
         inbox: asyncio.Queue[Sequence[News] | Exception] = asyncio.Queue()
         submissions = self._submissions(plan)
@@ -249,81 +226,14 @@ class Service:
             if num_left:
                 self.worker.cancel(job)
 
-    # Writing
 
-    def _usage(self, plan: _Plan, requests: Sequence[Request]) -> Body:
-        num_generated = 0 if self._is_echo_alone(plan) else sum(len(r.output) for r in requests)
-        return usage(sum(map(len, plan.prompts)), requests, num_generated)
+def _usage(plan: Plan, requests: Sequence[Request]) -> Body:
+    num_generated = 0 if plan.is_echo_alone else sum(len(r.output) for r in requests)
+    return usage(sum(map(len, plan.prompts)), requests, num_generated)
 
-    @staticmethod
-    def _is_echo_alone(plan: _Plan) -> bool:
-        """Whether the one token that was generated is not wanted."""
-        return isinstance(plan.body, CompletionRequest) and plan.body.max_tokens == 0
 
-    def _chat_choice(self, plan: _Plan, choice: Choice) -> Body:
-        assert choice.request is not None
-        message: Body = {"role": "assistant", "content": choice.text, "refusal": None}
-        reason: str | None = choice.request.finish_reason
-        if plan.tools is not None:
-            text, calls = ToolCallReader().push(choice.text, is_final=True)
-            if calls:
-                listed = [{k: v for k, v in call.items() if k != "index"} for call in calls]
-                message |= {"content": text.strip() or None, "tool_calls": listed}
-                reason = "tool_calls" if reason == "stop" else reason
-        return {
-            "index": choice.index,
-            "message": message,
-            "logprobs": self.chat_logprobs(plan, choice.logprobs),
-            "finish_reason": reason,
-        }
-
-    def chat_logprobs(self, plan: _Plan, entries: Sequence[Any]) -> Body | None:
-        """`logprobs` of a chat choice or delta, None where they were not asked for."""
-        num_top = plan.params.logprobs
-        if num_top is None:
-            return None
-        return chat_logprobs(self._llm.tokenizer, entries, num_top)
-
-    def _completion_choice(self, plan: _Plan, choice: Choice) -> Body:
-        assert isinstance(plan.body, CompletionRequest)
-        assert choice.request is not None
-        is_alone = self._is_echo_alone(plan)
-        text = "" if is_alone else choice.text
-        logprobs = None
-        if plan.params.logprobs is not None:
-            shown = 0 if is_alone else len(choice.token_ids)
-            logprobs = self.completion_logprobs(plan, choice, 0, shown)
-        if plan.body.echo:
-            text = self.echo(plan, choice.index)[0] + text
-        return {
-            "index": choice.index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": "length" if is_alone else choice.request.finish_reason,
-        }
-
-    def echo(self, plan: _Plan, index: int) -> tuple[str, list[int]]:
-        """The prompt of a completion as text, and where each of its tokens begins there."""
-        stream = TextStream(self._llm.tokenizer, ())
-        for token in plan.prompts[index // plan.n]:
-            stream.push(token)
-        stream.finish()
-        return stream.text, [0, *stream.ends[:-1]]
-
-    def completion_logprobs(self, plan: _Plan, choice: Choice, start: int, stop: int) -> Body:
-        """`logprobs` of output tokens start .. stop - 1, after those of an echoed prompt."""
-        assert isinstance(plan.body, CompletionRequest)
-        tokens = choice.token_ids[start:stop]
-        entries: list[Any] = choice.logprobs[start:stop]
-        offsets = [0, *choice.ends][start:stop]
-        if plan.body.echo:
-            text, begins = self.echo(plan, choice.index)
-            offsets = [len(text) + offset for offset in offsets]
-            if start == 0:
-                prompt = plan.prompts[choice.index // plan.n]
-                tokens, offsets = [*prompt, *tokens], [*begins, *offsets]
-                entries = [None, *choice.prompt_logprobs, *entries]
-        return completion_logprobs(self._llm.tokenizer, tokens, entries, offsets)
+def _json(value: Body) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _check_grammars(requests: Sequence[Request]) -> None:
@@ -338,86 +248,3 @@ def _api_error(error: Exception) -> APIError:
     if isinstance(error, EngineFailedError):
         return APIError(500, str(error), code="engine_dead")
     return APIError(500, f"internal error: {error!r}")
-
-
-class _Stream:
-    """Writes chunks of one body."""
-
-    def __init__(self, service: Service, plan: _Plan) -> None:
-        self._service, self._plan = service, plan
-        self._choices = [Choice(index) for index in range(len(plan.prompts) * plan.n)]
-
-    def begin(self) -> list[Body]:
-        """Chunks before any news."""
-        return []
-
-    def write(self, news: News) -> Body | None:
-        """A step's chunk, None if there is nothing to say yet."""
-        raise NotImplementedError
-
-
-class _ChatStream(_Stream):
-    def __init__(self, service: Service, plan: _Plan) -> None:
-        super().__init__(service, plan)
-        self._readers = [ToolCallReader() for _ in self._choices]
-
-    def begin(self) -> list[Body]:
-        delta = {"role": "assistant", "content": "", "refusal": None}
-        choice = {"delta": delta, "logprobs": None, "finish_reason": None}
-        return [{"choices": [{"index": each.index, **choice}]} for each in self._choices]
-
-    def write(self, news: News) -> Body | None:
-        text, calls = news.emission.text, list[Body]()
-        reason: str | None = news.emission.finish_reason
-        if self._plan.tools is not None:
-            reader = self._readers[news.index]
-            text, calls = reader.push(text, is_final=reason is not None)
-            reason = "tool_calls" if reason == "stop" and reader.calls else reason
-            text = "" if reader.calls and not text.strip() else text
-        delta: Body = {"content": text} if text or (not calls and reason is None) else {}
-        if calls:
-            delta["tool_calls"] = calls
-        logprobs = self._service.chat_logprobs(self._plan, news.logprobs)
-        if not text and not calls and reason is None and logprobs is None:
-            return None
-        return {
-            "choices": [
-                {
-                    "index": news.index,
-                    "delta": delta,
-                    "logprobs": logprobs,
-                    "finish_reason": reason,
-                }
-            ]
-        }
-
-
-class _CompletionStream(_Stream):
-    def __init__(self, service: Service, plan: _Plan) -> None:
-        super().__init__(service, plan)
-        self._has_begun = [False] * len(self._choices)
-
-    def write(self, news: News) -> Body | None:
-        plan, choice, body = self._plan, self._choices[news.index], self._plan.body
-        assert isinstance(body, CompletionRequest)
-        before = len(choice.token_ids)
-        choice.add(news)
-        is_alone = body.max_tokens == 0
-        text = "" if is_alone else news.emission.text
-        logprobs = None
-        if plan.params.logprobs is not None:
-            stop = before if is_alone else len(choice.token_ids)
-            logprobs = self._service.completion_logprobs(plan, choice, before, stop)
-        reason: str | None = news.emission.finish_reason
-        if body.echo and not self._has_begun[news.index]:
-            text = self._service.echo(plan, news.index)[0] + text
-        self._has_begun[news.index] = True
-        if not text and reason is None and logprobs is None:
-            return None
-        if is_alone and reason is not None:
-            reason = "length"
-        return {
-            "choices": [
-                {"index": news.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-            ]
-        }

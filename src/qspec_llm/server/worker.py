@@ -1,8 +1,8 @@
 """The thread that owns the engine. Nobody else touches it.
 
 Requests and cancellations come in through a queue; news goes out to callbacks on the event loop,
-all of a step's in one hop. If the engine fails, everything in flight is told so and nothing more is
-taken: a cache in an unknown state answers no one.
+all of a step's, or of a few short steps', in one hop. If the engine fails, everything in flight is
+told so and nothing more is taken: a cache in an unknown state answers no one.
 """
 
 import asyncio
@@ -10,79 +10,25 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from qspec_llm.engine.emit import Emission
-from qspec_llm.engine.engine import Engine, Gamma
-from qspec_llm.engine.grammar import Grammar
-from qspec_llm.engine.params import SamplingParams
-from qspec_llm.engine.request import Request, TokenLogprobs
+from qspec_llm.engine.engine import Engine
+from qspec_llm.engine.request import Request
 from qspec_llm.errors import QSpecError
+from qspec_llm.server.jobs import EngineFailedError, Job, News
 from qspec_llm.server.metrics import Metrics
 
-__all__ = ["EngineFailedError", "Job", "News", "Submission", "Worker"]
+__all__ = ["Worker"]
 
 logger = logging.getLogger("qspec")
 
-
-class EngineFailedError(Exception):
-    """The engine's thread ended; the message says why."""
-
-
-@dataclass(frozen=True)
-class Submission:
-    """One completion to generate."""
-
-    prompt: Sequence[int]
-    params: SamplingParams
-    gamma: Gamma | None = None
-    sample: int = 0
-    seed: int | None = None
-    salt: bytes = b""
-    grammar: Grammar | None = None
-
-
-@dataclass(frozen=True)
-class News:
-    """What one step did for one completion of a job.
-
-    Attributes:
-        index: which completion.
-        emission: its new tokens and text.
-        logprobs: of the new tokens, where they were asked for.
-        prompt_logprobs: of the prompt's, in its first news.
-        ends: length of the completion's text after each new token.
-        gamma: tokens that the request drafts at the moment.
-        finished: the request itself, in its last news; nobody changes it any more.
-    """
-
-    index: int
-    emission: Emission
-    logprobs: tuple[TokenLogprobs, ...]
-    prompt_logprobs: tuple[TokenLogprobs, ...]
-    ends: tuple[int, ...]
-    gamma: int
-    finished: Request | None
-
-
-@dataclass(eq=False)
-class Job:
-    """Completions that belong together; its callbacks run on the event loop.
-
-    Attributes:
-        submissions: what to generate.
-        on_news: called with the news of each step.
-        on_failure: called once, instead of the news still to come.
-        requests: the engine's requests, once it has taken them.
-    """
-
-    submissions: Sequence[Submission]
-    on_news: Callable[[Sequence[News]], None]
-    on_failure: Callable[[Exception], None]
-    requests: list[Request] = field(default_factory=list)
-    is_cancelled: bool = False
+# A chunk costs some 100 us of the cores that the kernels share, in this process and the client's.
+# Where many answers grow at once and steps are short, news of several steps travel together.
+MANY_RUNNING = 4  # requests
+DELIVER_EVERY = 0.025  # seconds; what begins or ends an answer waits for nothing
 
 
 @dataclass(eq=False)
@@ -124,6 +70,8 @@ class Worker(threading.Thread):
         self._entries: dict[int, _Entry] = {}
         self._queued: dict[int, _Entry] = {}  # of them, those that have not begun
         self._jobs: set[Job] = set()  # submitted, not ended
+        self._news: dict[Job, dict[int, News]] = {}  # to deliver, by completion
+        self._delivered = 0.0  # when news went out last
 
     @property
     def is_healthy(self) -> bool:
@@ -140,7 +88,7 @@ class Worker(threading.Thread):
         self._commands.put(partial(self._add, job))
 
     def cancel(self, job: Job) -> None:
-        """End a job's completions, wherever they are; no news comes after the next step's."""
+        """End a job's completions, wherever they are; news on its way is dropped."""
         job.is_cancelled = True
         self._commands.put(partial(self._abort, job))
 
@@ -207,6 +155,7 @@ class Worker(threading.Thread):
                 self._metrics.finished("abort")
             self._forget(request)
         self._jobs.discard(job)
+        self._news.pop(job, None)
         self._metrics.state(self._engine)
 
     def _forget(self, request: Request) -> None:
@@ -220,18 +169,22 @@ class Worker(threading.Thread):
             entry.started = now
             del self._queued[entry.request.request_id]
             self._metrics.started(now - entry.arrived, entry.request)
-        news: dict[Job, list[News]] = {}
+        is_urgent = len(self._engine.scheduler.running) < MANY_RUNNING
         for emission in emissions:
             entry = self._entries[emission.request_id]
+            is_urgent |= entry.last_token is None or entry.request.is_finished
             self._note(entry, emission, now)
-            news.setdefault(entry.job, []).append(_news(entry, emission))
+            waiting, new = self._news.setdefault(entry.job, {}), _news(entry, emission)
+            before = waiting.get(entry.index)
+            waiting[entry.index] = new if before is None else before.then(new)
             if entry.request.is_finished:
                 self._forget(entry.request)
                 if all(request.is_finished for request in entry.job.requests):
                     self._jobs.discard(entry.job)
         self._metrics.state(self._engine)
-        if news:
-            self._post(partial(_deliver, news))
+        if self._news and (is_urgent or now - self._delivered >= DELIVER_EVERY):
+            self._post(partial(_deliver, self._news))
+            self._news, self._delivered = {}, now
 
     def _note(self, entry: _Entry, emission: Emission, now: float) -> None:
         """Tell the metrics what one request did in this step."""
@@ -287,7 +240,7 @@ def _news(entry: _Entry, emission: Emission) -> News:
     )
 
 
-def _deliver(news: dict[Job, list[News]]) -> None:
+def _deliver(news: dict[Job, dict[int, News]]) -> None:
     for job, items in news.items():
         if not job.is_cancelled:
-            job.on_news(items)
+            job.on_news(list(items.values()))
