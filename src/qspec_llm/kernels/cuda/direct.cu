@@ -1,10 +1,11 @@
 // out [tokens, rows] = x [tokens, columns] times packed weights, transposed; 8 NT tokens a block.
 //
-// The columns are cut into 8 ranges. A block owns RT tiles of 16 rows; its 8 warps own a range each. A
-// warp loads weights from memory straight into the registers that the tensor cores read, DEPTH tiles
-// ahead, and copies the x of its own range into a ring of its own, STAGES tiles ahead: warps meet only
-// once, to add up their ranges. What hides the latency of memory is the number of warps. Weights do not
-// depend on earlier kernels, so the first of them are on their way before those have ended.
+// The columns are cut into 8 ranges. A block owns blocks of RT tiles of 16 rows, one after the other; its
+// 8 warps own a range each. A warp loads weights from memory straight into the registers that the tensor
+// cores read, DEPTH tiles ahead, and keeps the x of its range in shared memory of its own, or passes over
+// it in two buffers where it has no room. Warps meet only to add up their ranges. What hides the latency
+// of memory is the number of warps. Weights do not depend on earlier kernels, so the first of them are on
+// their way before those have ended.
 //
 // A row of x meets the weights in an order that depends on the matrix alone: the tiles of a range one
 // after the other, then the ranges in order. The number of tokens picks only NT.
@@ -12,28 +13,23 @@
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT     16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
 //   NT      tiles of 8 tokens, 1 or 2
-//   RT, DEPTH, STAGES, BLOCKS (a multiprocessor)  change no sum
+//   RT, DEPTH, BLOCKS (a multiprocessor)  change no sum
 
 #include "tile.cuh"
 
 #define RANGES 8
 #define TOKENS (NT * 8)
 #define ROWS (RT * TILE_ROWS)
+#define X_TILE (TILE_COLS * ACT / 8)  // bytes of one token's columns of a tile
 #if ACT == 8
-#define X_BYTES (TOKENS * 128)  // of a tile of columns
 #define ACT_GROUPS (TILE_COLS / ACT_GROUP)
-#define META_BYTES (ACT_GROUPS * TOKENS * 8)
+#define META_TILE (ACT_GROUPS * TOKENS * 8)
 #define SUBGROUP (GROUP < ACT_GROUP ? GROUP : ACT_GROUP)
 #else
-#define X_BYTES (TOKENS * 256)
-#define META_BYTES 0
+#define META_TILE 0
 #endif
-#define X_STAGE (X_BYTES + META_BYTES)
-#define COPY(to, from, is_inside) \
-  (X_CACHED ? copy16_cached(to, from, is_inside) : copy16(to, from, is_inside))
 #define SUM_STRIDE (TOKENS + 1)
-#define SUM_BYTES ((ROWS * SUM_STRIDE * 4 + 127) / 128 * 128)
-#define WARP_BYTES (STAGES * X_STAGE > SUM_BYTES ? STAGES * X_STAGE : SUM_BYTES)
+#define SUM_BYTES (ROWS * SUM_STRIDE * 4)
 
 struct Problem {
   const u8* x;
@@ -46,20 +42,25 @@ struct Problem {
   int ahead_bytes[2];
   int num_tokens, num_rows, num_cols, num_row_tiles, num_col_tiles;
   int pitch;
+  int num_blocks;       // of RT row tiles
+  int piece;            // tiles of columns that a buffer holds: the whole range where buffers == 1
+  int num_buffers;
+  int lead;             // tiles that a warp fetches into the L2 while it waits for earlier kernels
   int bias_kind;  // 0 none, 1 bf16, 2 float32
   int out_is_float;
 };
 
 struct Lane {
   int lane, g, t;
-  u32 matrix_row, matrix_chunk;
+  int scales;  // from this lane's 16 bytes of a tile's first plane to its scale
 };
 
 DEVICE Lane my_lane() {
   Lane l;
   l.lane = threadIdx.x % 32;
   l.g = l.lane / 4, l.t = l.lane % 4;
-  l.matrix_row = l.lane % 8, l.matrix_chunk = l.lane / 8;
+  const int at = GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.lane % 16) * 2;
+  l.scales = scale_at(0, 0, 0) + at - l.lane * 16;
   return l;
 }
 
@@ -84,44 +85,47 @@ struct Weights {
 #endif
 };
 
-// Where the next tile of one row of tiles lies.
+// Where this lane's 16 bytes of the next tile of a row of tiles lie.
 struct Stream {
   const u8* base;
   const u8* rest;
 };
 
-DEVICE void load_half(Weights& w, const Stream& s, int lane, int h) {
+// x of one tile of columns in shared memory: this lane's rows for load_matrices, and its scales.
+struct Activations {
+  u32 row[NT];
+  u32 meta;
+};
+
+DEVICE void load_half(Weights& w, const Stream& s, int h) {
 #if BITS == 0
 #pragma unroll
-  for (int i = 0; i < 4; i++) w.dense[h][i] = load_once(s.base + dense_at(h, i) + lane * 16);
+  for (int i = 0; i < 4; i++) w.dense[h][i] = load_once(s.base + dense_at(h, i));
 #else
-  w.q4[h] = load_once(s.base + nibbles_at(h) + lane * 16);
+  w.q4[h] = load_once(s.base + nibbles_at(h));
 #if BITS != 4
-  w.r4[h] = load_once(s.rest + nibbles_at(h) + lane * 16);
+  w.r4[h] = load_once(s.rest + nibbles_at(h));
 #endif
 #if BITS == 16
-  w.r8[h][0] = load_once(s.rest + bytes_at(h, 0) + lane * 16);
-  w.r8[h][1] = load_once(s.rest + bytes_at(h, 1) + lane * 16);
+  w.r8[h][0] = load_once(s.rest + bytes_at(h, 0));
+  w.r8[h][1] = load_once(s.rest + bytes_at(h, 1));
 #endif
 #endif
 }
 
+DEVICE void load_scales(Weights& w, const Stream& s, const Lane& l) {
 #if BITS != 0
-DEVICE u32 load_scale_plane(const u8* base, int lane, int which) {
-  const u8* plane = base + scale_at(0, 0, which);
+  const u8* from = s.base + l.scales;
 #if GROUP == 32
-  return load_once_u32(plane + lane * 4);
-#else
-  return load_once_u16(plane + (GROUP == 64 ? lane : lane % 16) * 2);
-#endif
-}
-#endif
-
-DEVICE void load_scales(Weights& w, const Stream& s, int lane) {
-#if BITS != 0
-  w.scales = load_scale_plane(s.base, lane, 0);
+  w.scales = load_once_u32(from);
 #if OFFSET
-  w.offsets = load_scale_plane(s.base, lane, 1);
+  w.offsets = load_once_u32(from + scale_at(0, 0, 1) - scale_at(0, 0, 0));
+#endif
+#else
+  w.scales = load_once_u16(from);
+#if OFFSET
+  w.offsets = load_once_u16(from + scale_at(0, 0, 1) - scale_at(0, 0, 0));
+#endif
 #endif
 #endif
 }
@@ -139,56 +143,48 @@ DEVICE u32 spread(const Lane& l, u32 plane, int upper, int group) {
 #endif
 
 #if LEVELS
-// What one tile's scales are, while those of a later one are on their way.
-struct Scales {
-  u32 scales, offsets;
+// The scales and shifts of one group for rows g and g + 8.
+struct GroupScales {
+  float scale[2];
+#if HAS_SHIFT
+  float shift[2];  // offset of the weights in units of the weight: b, and the middle of 16 codes
+#endif
+};
 
-  DEVICE float scale(const Lane& l, int upper, int group) const {
-    const float unit = BITS == 8 ? 1.f / 16.f : 1.f;
-    return scale_to_float(spread(l, scales, upper, group)) * unit;
-  }
-
-  // Offset of the weights of a group in units of the weight: b, and the middle of 16 codes.
-  DEVICE float shift(const Lane& l, int upper, int group) const {
-    float shift = 0.f;
+DEVICE GroupScales scales_of(const Lane& l, const Weights& w, int group) {
+  GroupScales s;
+#pragma unroll
+  for (int upper = 0; upper < 2; upper++) {
+    const float scale = scale_to_float(spread(l, w.scales, upper, group));
+    s.scale[upper] = BITS == 8 ? scale * (1.f / 16.f) : scale;
+#if HAS_SHIFT
+    s.shift[upper] = 0.f;
+#endif
 #if OFFSET
-    shift = scale_to_float(spread(l, offsets, upper, group));
+    s.shift[upper] = scale_to_float(spread(l, w.offsets, upper, group));
 #endif
 #if MIDDLE
-    shift += scale_to_float(spread(l, scales, upper, group)) * (7.5f / 16.f);
+    s.shift[upper] += scale * (7.5f / 16.f);
 #endif
-    return shift;
   }
-};
+  return s;
+}
 #endif
 
 // ---- multiplication ------------------------------------------------------------------------------
 
 typedef float Accumulators[RT][NT][4];
 
-// Address of this lane's row for load_matrices: token tile n, 16-byte chunks from `chunk`. Rows of
-// 128 bytes are swizzled: chunk i of row r lies at i ^ (r % 8).
-DEVICE u32 x_at(const Lane& l, u32 x, int n, int chunk) {
-  return x + n * 1024 + l.matrix_row * 128 + (((chunk + l.matrix_chunk) ^ l.matrix_row) << 4);
-}
-
-// Multiplies a tile and, as soon as they are used up, loads the weights of the tile at `next`.
-DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u32 x,
-                          const Stream (&next)[RT], bool has_next);
-
-#if LEVELS
-DEVICE void take_scales(Scales (&s)[RT], const Lane& l, Weights (&w)[RT], const Stream (&next)[RT],
-                        bool has_next) {
+// Loads half h of the next tile over what has been multiplied.
+DEVICE void reload(Weights (&w)[RT], const Stream (&next)[RT], const Lane& l, int h,
+                   bool has_next) {
+  if (!has_next) return;
 #pragma unroll
   for (int r = 0; r < RT; r++) {
-    s[r].scales = w[r].scales;
-#if OFFSET
-    s[r].offsets = w[r].offsets;
-#endif
-    if (has_next) load_scales(w[r], next[r], l.lane);
+    load_half(w[r], next[r], h);
+    if (h == 1) load_scales(w[r], next[r], l);
   }
 }
-#endif
 
 #if ACT == 8
 // Codes of the upper rows lie in the high nibbles and are multiplied where they are, as 16 times
@@ -200,10 +196,9 @@ DEVICE void take_scales(Scales (&s)[RT], const Lane& l, Weights (&w)[RT], const 
 #define MAGIC 12582912.f
 
 // Integer products of a subgroup of columns, then one float accumulation with both scales.
-DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u32 x,
+DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], const Activations& x,
                           const Stream (&next)[RT], bool has_next) {
-  Scales scales[RT];
-  take_scales(scales, l, w, next, has_next);
+  GroupScales scales[RT];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     u32 a[RT][2][4];  // u, or its high part
@@ -220,20 +215,26 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u3
       bytes_of(fine[r][0], r4.x, r4.y, 0);
       bytes_of(fine[r][1], r4.z, r4.w, 0);
 #endif
-      if (has_next) load_half(w[r], next[r], l.lane, h);
     }
     u32 b[NT][4];
 #pragma unroll
-    for (int n = 0; n < NT; n++) load_matrices(b[n], x_at(l, x, n, h * 4));
+    for (int n = 0; n < NT; n++) load_matrices(b[n], x.row[n] + h * 64);
 #pragma unroll
     for (int sub = 0; sub < 64 / SUBGROUP; sub++) {
       const int column = h * 64 + sub * SUBGROUP;
-      const int group = column / GROUP, act_group = column / ACT_GROUP;
+      const int act_group = column / ACT_GROUP;
+      if (column % GROUP == 0) {
+#pragma unroll
+        for (int r = 0; r < RT; r++) {
+          scales[r] = scales_of(l, w[r], column / GROUP);
+          scales[r].scale[1] *= 1.f / UPPER;
+        }
+      }
       float xs[NT][2];
       int sum[NT][2];
 #pragma unroll
       for (int n = 0; n < NT; n++) {
-        const uint4 m = load_shared4(x + X_BYTES + (act_group * TOKENS + n * 8 + 2 * l.t) * 8);
+        const uint4 m = load_shared4(x.meta + (act_group * TOKENS + n * 8) * 8);
         xs[n][0] = __uint_as_float(m.x), xs[n][1] = __uint_as_float(m.z);
         sum[n][0] = (int)m.y, sum[n][1] = (int)m.w;
 #if GROUP < ACT_GROUP
@@ -246,17 +247,14 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u3
       }
 #pragma unroll
       for (int r = 0; r < RT; r++) {
-        const float scale[2] = {scales[r].scale(l, 0, group),
-                                scales[r].scale(l, 1, group) * (1.f / UPPER)};
-#if HAS_SHIFT
-        const float shift[2] = {scales[r].shift(l, 0, group), scales[r].shift(l, 1, group)};
-#endif
 #pragma unroll
         for (int n = 0; n < NT; n++) {
           const int z0 = -LEVEL_ZERO * sum[n][0], z1 = -LEVEL_ZERO * sum[n][1];
+          const int upper0 = -LEVEL_ZERO * UPPER * sum[n][0];
+          const int upper1 = -LEVEL_ZERO * UPPER * sum[n][1];
 #if BITS == 8
           int high[4] = {0, 0, 0, 0};
-          int d[4] = {z0, z1, z0 * UPPER, z1 * UPPER};
+          int d[4] = {z0, z1, upper0, upper1};
 #pragma unroll
           for (int step = sub * (SUBGROUP / 32); step < (sub + 1) * (SUBGROUP / 32); step++) {
             mma_u8s8(high, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
@@ -266,8 +264,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u3
 #pragma unroll
           for (int i = 0; i < 4; i++) product[i] = (float)(d[i] + 16 * high[i]);
 #else
-          int d[4] = {MAGIC_BITS + z0, MAGIC_BITS + z1, MAGIC_BITS + z0 * UPPER,
-                      MAGIC_BITS + z1 * UPPER};
+          int d[4] = {MAGIC_BITS + z0, MAGIC_BITS + z1, MAGIC_BITS + upper0, MAGIC_BITS + upper1};
 #pragma unroll
           for (int step = sub * (SUBGROUP / 32); step < (sub + 1) * (SUBGROUP / 32); step++) {
             mma_u8s8(d, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
@@ -278,23 +275,22 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u3
 #endif
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            acc[r][n][i] = fmaf(product[i], xs[n][i & 1] * scale[i >> 1], acc[r][n][i]);
+            acc[r][n][i] = fmaf(product[i], xs[n][i & 1] * scales[r].scale[i >> 1], acc[r][n][i]);
 #if HAS_SHIFT
-            acc[r][n][i] =
-                fmaf((float)sum[n][i & 1] * xs[n][i & 1], shift[i >> 1], acc[r][n][i]);
+            acc[r][n][i] = fmaf((float)sum[n][i & 1] * xs[n][i & 1], scales[r].shift[i >> 1],
+                                acc[r][n][i]);
 #endif
           }
         }
       }
     }
+    reload(w, next, l, h, has_next);
   }
 }
 #elif LEVELS
 // Products of bf16 x with levels, a group of columns at a time, then its scale.
-DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u32 x,
+DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], const Activations& x,
                           const Stream (&next)[RT], bool has_next) {
-  Scales scales[RT];
-  take_scales(scales, l, w, next, has_next);
   float d[RT][NT][4];
 #if HAS_SHIFT
   float sums[NT][4];
@@ -315,16 +311,15 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u3
       levels_of(a[r][1], q4.y, r4.y);
       levels_of(a[r][2], q4.z, r4.z);
       levels_of(a[r][3], q4.w, r4.w);
-      if (has_next) load_half(w[r], next[r], l.lane, h);
     }
 #pragma unroll
     for (int step = 0; step < 4; step += 2) {
-      const int column = h * 64 + step * 16, group = column / GROUP;
+      const int column = h * 64 + step * 16;
       const bool is_first = column % GROUP == 0, is_last = (column + 32) % GROUP == 0;
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         u32 b[4];
-        load_matrices(b, x_at(l, x + h * (X_BYTES / 2), n, step * 2));
+        load_matrices(b, x.row[n] + h * 128 + step * 32);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           if (!is_first) break;
@@ -346,27 +341,25 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u3
       if (!is_last) continue;
 #pragma unroll
       for (int r = 0; r < RT; r++) {
-        const float scale[2] = {scales[r].scale(l, 0, group), scales[r].scale(l, 1, group)};
-#if HAS_SHIFT
-        const float shift[2] = {scales[r].shift(l, 0, group), scales[r].shift(l, 1, group)};
-#endif
+        const GroupScales s = scales_of(l, w[r], column / GROUP);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            acc[r][n][i] = fmaf(d[r][n][i], scale[i >> 1], acc[r][n][i]);
+            acc[r][n][i] = fmaf(d[r][n][i], s.scale[i >> 1], acc[r][n][i]);
 #if HAS_SHIFT
-            acc[r][n][i] = fmaf(sums[n][i & 1], shift[i >> 1], acc[r][n][i]);
+            acc[r][n][i] = fmaf(sums[n][i & 1], s.shift[i >> 1], acc[r][n][i]);
 #endif
           }
         }
       }
     }
+    reload(w, next, l, h, has_next);
   }
 }
 #else
 // The bf16 weights of half a tile as A fragments: put together from their planes, or dense ones.
-DEVICE void weights_of(u32 (&a)[4][4], const Lane& l, const Weights& w, u32 scales, int h) {
+DEVICE void weights_of(u32 (&a)[4][4], const Lane& l, const Weights& w, int h) {
 #if BITS == 0
 #pragma unroll
   for (int step = 0; step < 4; step++) {
@@ -384,7 +377,7 @@ DEVICE void weights_of(u32 (&a)[4][4], const Lane& l, const Weights& w, u32 scal
       const int group = (h * 64 + step * 16) / GROUP;
 #pragma unroll
       for (int upper = 0; upper < 2; upper++) {
-        anchor_factors(scale[upper], half[upper], spread(l, scales, upper, group));
+        anchor_factors(scale[upper], half[upper], spread(l, w.scales, upper, group));
       }
     }
     exact_of(a[step], codes[step], r4[step], r8[step], scale, half);
@@ -392,74 +385,107 @@ DEVICE void weights_of(u32 (&a)[4][4], const Lane& l, const Weights& w, u32 scal
 #endif
 }
 
-DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], u32 x,
+DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], const Activations& x,
                           const Stream (&next)[RT], bool has_next) {
-  u32 scales[RT];
-#pragma unroll
-  for (int r = 0; r < RT; r++) {
-#if BITS == 0
-    scales[r] = 0;
-#else
-    scales[r] = w[r].scales;
-    if (has_next) load_scales(w[r], next[r], l.lane);
-#endif
-  }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     u32 a[RT][4][4];
 #pragma unroll
     for (int r = 0; r < RT; r++) {
-      weights_of(a[r], l, w[r], scales[r], h);
-      if (has_next) load_half(w[r], next[r], l.lane, h);
+      weights_of(a[r], l, w[r], h);
     }
 #pragma unroll
     for (int step = 0; step < 4; step += 2) {
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         u32 b[4];
-        load_matrices(b, x_at(l, x + h * (X_BYTES / 2), n, step * 2));
+        load_matrices(b, x.row[n] + h * 128 + step * 32);
 #pragma unroll
         for (int r = 0; r < RT; r++) mma_bf16(acc[r][n], a[r][step], b[0], b[1]);
 #pragma unroll
         for (int r = 0; r < RT; r++) mma_bf16(acc[r][n], a[r][step + 1], b[2], b[3]);
       }
     }
+    reload(w, next, l, h, has_next);
   }
 }
 #endif
 
 // ---- x -------------------------------------------------------------------------------------------
 
-// Copies a tile of x [tokens][columns] into a stage: rows of 128 bytes, those of bf16 in two halves.
-// Rows that do not exist keep what was there, since a token's sums see nothing of other tokens;
-// columns that do not exist are zeros.
-DEVICE void fetch_x(const Problem& p, u32 stage, int tile, int first_token, int lane) {
-  const int row_bytes = p.num_cols * (ACT == 8 ? 1 : 2);
-  const int first_row = lane / 8, chunk = lane % 8;
-  const u8* from = p.x + (size_t)(first_token + first_row) * row_bytes + chunk * 16;
-  const int tokens_left = p.num_tokens - first_token;
-#pragma unroll
-  for (int h = 0; h < (ACT == 8 ? 1 : 2); h++) {
-    const int column = tile * (ACT == 8 ? 128 : 256) + h * 128;
-#pragma unroll
-    for (int k = 0; k < NT * 2; k++) {
-      const int row = first_row + 4 * k;
-      const u32 to = stage + h * TOKENS * 128 + row * 128 + ((chunk ^ row % 8) << 4);
-      const bool is_inside = column + chunk * 16 < row_bytes;
-      if (row < tokens_left) {
-        COPY(to, is_inside ? from + (size_t)(4 * k) * row_bytes + column : p.x, is_inside);
-      }
+// A warp's buffers of x: rows of `piece` tiles, 16 bytes apart from each other so that load_matrices
+// meets every bank, then the scales. One piece is the whole range, or pieces pass by in two buffers.
+struct Window {
+  u32 buffers, barriers;  // shared addresses
+  u32 row_bytes, bytes;   // from row to row, and of a buffer
+  int tokens, first_token, first, count;
+  int next;               // first tile of the piece to fetch
+  int slot, parity;       // of the piece that is read
+
+  // Columns that do not exist are zeros, and tokens that do not exist are not read.
+  DEVICE void fetch(const Problem& p, int to, int lane) {
+    const u32 buffer = buffers + to * bytes;
+    const int tiles = min(p.piece, count - next), tile = first + next;
+    const int width = min(tiles * X_TILE, p.num_cols * (ACT / 8) - tile * X_TILE);
+    const u8* from = p.x + (size_t)first_token * p.num_cols * (ACT / 8) + tile * X_TILE;
+    for (int i = lane; i < tokens * (tiles * X_TILE - width) / 16; i += 32) {
+      const int chunks = (tiles * X_TILE - width) / 16;
+      zero_shared4(buffer + i / chunks * row_bytes + width + i % chunks * 16);
     }
-  }
-#if ACT == 8
-#pragma unroll
-  for (int i = lane; i < ACT_GROUPS * TOKENS / 2; i += 32) {
-    const int group = i / (TOKENS / 2), pair = i % (TOKENS / 2);
-    const u8* meta = p.meta + ((size_t)(tile * ACT_GROUPS + group) * p.pitch + first_token) * 8;
-    COPY(stage + X_BYTES + i * 16, meta + pair * 16, true);
-  }
+#if HAS_BULK_COPY
+    const u32 barrier = barriers + to * 8;
+    if (lane == 0) barrier_expect(barrier, tokens * width + tiles * META_TILE);
+    __syncwarp();
+    if (lane < tokens) {
+      bulk_load(buffer + lane * row_bytes, from + (size_t)lane * p.num_cols * (ACT / 8), width,
+                barrier);
+    }
+#else
+    for (int i = lane; i < tokens * (width / 16); i += 32) {
+      const int token = i / (width / 16), at = i % (width / 16) * 16;
+      copy16(buffer + token * row_bytes + at, from + (size_t)token * p.num_cols * (ACT / 8) + at);
+    }
 #endif
-}
+#if ACT == 8
+    const u32 meta = buffer + tokens * row_bytes;
+    for (int i = lane; i < tiles * ACT_GROUPS; i += 32) {
+      const u8* row = p.meta + ((size_t)(tile * ACT_GROUPS + i) * p.pitch + first_token) * 8;
+#if HAS_BULK_COPY
+      bulk_load(meta + i * TOKENS * 8, row, TOKENS * 8, barrier);
+#else
+#pragma unroll
+      for (int k = 0; k < TOKENS / 2; k++) copy16(meta + (i * TOKENS + k * 2) * 8, row + k * 16);
+#endif
+    }
+#endif
+#if !HAS_BULK_COPY
+    copy_commit();
+#endif
+    next = next + tiles == count ? 0 : next + tiles;
+  }
+
+  DEVICE void wait() {
+#if HAS_BULK_COPY
+    barrier_wait(barriers + slot * 8, parity);
+#else
+    copy_wait<0>();
+#endif
+    __syncwarp();
+  }
+
+  // Where this lane reads the first tile of the piece.
+  DEVICE Activations look(const Lane& l) const {
+    Activations x;
+    const u32 buffer = buffers + slot * bytes;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      const int token = min(n * 8 + l.lane % 8, tokens - 1);
+      x.row[n] = buffer + token * row_bytes + l.lane / 8 * 16;
+    }
+    x.meta = buffer + tokens * row_bytes + 2 * l.t * 8;
+    return x;
+  }
+};
 
 // ---- results -------------------------------------------------------------------------------------
 
@@ -493,7 +519,7 @@ DEVICE void add_ranges(const Problem& p, u32 sums, int first_row, int first_toke
     const u32 at = sums + (row * SUM_STRIDE + token) * 4;
     float sum = load_shared(at);
 #pragma unroll
-    for (int range = 1; range < RANGES; range++) sum += load_shared(at + range * WARP_BYTES);
+    for (int range = 1; range < RANGES; range++) sum += load_shared(at + range * SUM_BYTES);
     sum += bias_of(p, first_row + row);
     const size_t to = (size_t)(first_token + token) * p.num_rows + first_row + row;
     if (p.out_is_float) ((float*)p.out)[to] = sum;
@@ -501,14 +527,13 @@ DEVICE void add_ranges(const Problem& p, u32 sums, int first_row, int first_toke
   }
 }
 
-// The last blocks fetch what the next linear reads first into the L2, a part each.
+// What the next linear reads first, into the L2; every block a part.
 DEVICE void fetch_ahead(const Problem& p) {
-  const int blocks = min((int)gridDim.x, 256), block = (int)blockIdx.x - ((int)gridDim.x - blocks);
-  if (block < 0 || blockIdx.y) return;
+  if (blockIdx.y) return;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    for (int at = (block * RANGES * 32 + threadIdx.x) * 128; at < p.ahead_bytes[i];
-         at += blocks * RANGES * 32 * 128) {
+    for (int at = (blockIdx.x * RANGES * 32 + threadIdx.x) * 128; at < p.ahead_bytes[i];
+         at += gridDim.x * RANGES * 32 * 128) {
       prefetch_l2(p.ahead[i] + at);
     }
   }
@@ -518,61 +543,130 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
     direct(const __grid_constant__ Problem p) {
   extern __shared__ __align__(128) u8 shared[];
   launch_dependents();
-  const int range = threadIdx.x / 32, first_token = blockIdx.y * TOKENS;
   const Lane l = my_lane();
-  const int first = p.num_col_tiles * range / RANGES;
-  const int count = p.num_col_tiles * (range + 1) / RANGES - first;
-  const u32 ring = smem_address(shared) + range * WARP_BYTES;
+  const int range = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same in all lanes
+  const u32 sums = smem_address(shared), barriers = sums + 2 * RANGES * SUM_BYTES;
 
+  Window window;
+  window.first = p.num_col_tiles * range / RANGES;
+  window.count = p.num_col_tiles * (range + 1) / RANGES - window.first;
+  window.first_token = blockIdx.y * TOKENS;
+  window.tokens = min(TOKENS, p.num_tokens - window.first_token);
+  window.row_bytes = p.piece * X_TILE + 16;
+  window.bytes = window.tokens * window.row_bytes + p.piece * META_TILE;
+  window.barriers = barriers + range * 16;
+  window.buffers = barriers + RANGES * 16 + range * p.num_buffers * window.bytes;
+  window.next = window.slot = window.parity = 0;
+  const int count = window.count;
+
+  // the sequence of tiles: those of the range, for every block of rows
   Stream next[RT];
-#pragma unroll
-  for (int r = 0; r < RT; r++) {
-    // a row of tiles beyond the matrix computes the last one's again, and stores nothing
-    const int row_tile = min((int)blockIdx.x * RT + r, p.num_row_tiles - 1);
-    const size_t tile = (size_t)row_tile * p.num_col_tiles + first;
-    next[r].base = p.base + tile * BASE_BYTES;
-    next[r].rest = p.rest + tile * REST_BYTES;
-  }
-  Weights w[DEPTH][RT];
-#pragma unroll
-  for (int d = 0; d < DEPTH; d++) {
-    if (d >= count) break;
+  int next_block = blockIdx.x, next_left = 0;
+  bool has_next = count > 0;
+  auto start_block = [&]() {
+    has_next = next_block < p.num_blocks;
+    if (!has_next) return;
+    next_left = count;
 #pragma unroll
     for (int r = 0; r < RT; r++) {
-      load_scales(w[d][r], next[r], l.lane);
-      load_half(w[d][r], next[r], l.lane, 0);
-      load_half(w[d][r], next[r], l.lane, 1);
-      next[r].base += BASE_BYTES, next[r].rest += REST_BYTES;
+      // a row of tiles beyond the matrix computes the last one's again, and stores nothing
+      const int row_tile = min(next_block * RT + r, p.num_row_tiles - 1);
+      const size_t tile = (size_t)row_tile * p.num_col_tiles + window.first;
+      next[r].base = p.base + tile * BASE_BYTES + l.lane * 16;
+      next[r].rest = p.rest + tile * REST_BYTES + l.lane * 16;
     }
-  }
-  wait_for_earlier_kernels();
+  };
+  auto advance = [&]() {
 #pragma unroll
-  for (int i = 0; i < STAGES; i++) {
-    if (i < count) fetch_x(p, ring + i * X_STAGE, first + i, first_token, l.lane);
-    copy_commit();
-  }
+    for (int r = 0; r < RT; r++) next[r].base += BASE_BYTES, next[r].rest += REST_BYTES;
+    if (--next_left == 0) {
+      next_block += gridDim.x;
+      start_block();
+    }
+  };
 
-  Accumulators acc = {};
-  u32 stage = ring;
-  for (int start = 0; start < count; start += DEPTH) {
+  Weights w[DEPTH][RT];
+  if (count) {
+    start_block();
+    const int tiles = min(p.lead, count);
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+      for (int at = l.lane * 112; at < tiles * BASE_BYTES; at += 4096) {
+        prefetch_l2(next[r].base + at);
+      }
+      for (int at = l.lane * 112; at < tiles * REST_BYTES; at += 4096) {
+        prefetch_l2(next[r].rest + at);
+      }
+    }
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
-      const int i = start + d;
-      if (i >= count) break;
-      copy_wait<STAGES - 1>();
-      __syncwarp();
-      multiply_tile(acc, l, w[d], stage, next, i + DEPTH < count);
-#pragma unroll
-      for (int r = 0; r < RT; r++) next[r].base += BASE_BYTES, next[r].rest += REST_BYTES;
-      __syncwarp();
-      if (i + STAGES < count) fetch_x(p, stage, first + i + STAGES, first_token, l.lane);
-      copy_commit();
-      stage = stage + X_STAGE == ring + STAGES * X_STAGE ? ring : stage + X_STAGE;
+      if (!has_next) break;
+      reload(w[d], next, l, 0, true);
+      reload(w[d], next, l, 1, true);
+      advance();
     }
   }
+#if HAS_BULK_COPY
+  if (l.lane < p.num_buffers) barrier_init(window.barriers + l.lane * 8, 1);
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncwarp();
-  leave_sums(ring, acc, l);
-  __syncthreads();
-  add_ranges(p, smem_address(shared), blockIdx.x * ROWS, first_token);
-  fetch_ahead(p);
+#endif
+  wait_for_earlier_kernels();
+  if (count) {
+    for (int i = 0; i < p.num_buffers; i++) window.fetch(p, i, l.lane);
+  }
+
+  int block = blockIdx.x, round = 0;
+  Accumulators acc = {};
+  // Adds up a block of rows; two buffers of sums, so that one barrier a block is enough.
+  auto finish = [&]() {
+    const u32 to = sums + round * RANGES * SUM_BYTES;
+    leave_sums(to + range * SUM_BYTES, acc, l);
+    __syncthreads();
+    add_ranges(p, to, block * ROWS, window.first_token);
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
+    block += gridDim.x;
+    round ^= 1;
+  };
+  if (count == 0) {
+    while (block < p.num_blocks) finish();
+    return;
+  }
+  window.wait();
+  Activations x = window.look(l);
+  int tile = 0, left = min(p.piece, count);  // tiles of the block that are done, and left of a piece
+  while (block < p.num_blocks) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      multiply_tile(acc, l, w[d], x, next, has_next);
+      if (has_next) advance();
+#pragma unroll
+      for (int n = 0; n < NT; n++) x.row[n] += X_TILE;
+      x.meta += META_TILE;
+      if (--left) continue;
+      const bool is_last = block + (int)gridDim.x >= p.num_blocks;
+      tile = min(tile + p.piece, count);
+      if (p.num_buffers > 1) {
+        // on to the other buffer; this one takes the piece after that
+        __syncwarp();
+        if (!is_last || window.next > tile) window.fetch(p, window.slot, l.lane);
+        if (++window.slot == 2) window.slot = 0, window.parity ^= 1;
+        if (!is_last || tile < count) window.wait();
+      }
+      if (tile == count) {
+        if (is_last) fetch_ahead(p);
+        finish();
+        if (is_last) break;
+        tile = 0;
+      }
+      x = window.look(l);
+      left = min(p.piece, count - tile);
+    }
+  }
 }

@@ -54,6 +54,10 @@ DEVICE void store_shared(u32 at, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
 }
 
+DEVICE void zero_shared4(u32 at) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(u32 (&b)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -89,17 +93,8 @@ DEVICE void prefetch_l2(const void* from) {
 }
 
 // Asynchronous copies of 16 bytes into shared memory, in groups.
-DEVICE void copy16(u32 to, const void* from, bool is_inside) {
-  const u32 bytes = is_inside ? 16 : 0;  // the rest is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-
-// The same through the L1, for what several blocks of a multiprocessor read.
-DEVICE void copy16_cached(u32 to, const void* from, bool is_inside) {
-  const u32 bytes = is_inside ? 16 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
+DEVICE void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
