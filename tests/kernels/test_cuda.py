@@ -122,7 +122,7 @@ def test_every_kernel_compiles(arch: str, tmp_path: Any, monkeypatch: pytest.Mon
         stored = None if name is None else random_stored(name, 32, 128, 64)
         spec = stored.spec if isinstance(stored, Planes) else None
         shape = form_of(spec, view, 64)
-        more = {"NT": token_tiles, "RT": 1, "DEPTH": 2, "BLOCKS": 1}
+        more = {"NT": token_tiles, "RT": 1, "DEPTH": 2, "LEAD": 1, "BLOCKS": 1}
         defines = [(k, str(v)) for k, v in {**shape.defines(), **more}.items()]
         assert nvrtc.compile_source("direct.cu", arch, defines)
         if view == VERIFY:
@@ -153,13 +153,17 @@ def test_the_cut_keeps_every_multiprocessor_busy(
     shape: tuple[int, int], act: int, tokens: int
 ) -> None:
     tiles = -(-shape[0] // 16), -(-shape[1] // 128)
-    chosen = direct.tuning(Form(bits=4, act=act), -(-tokens // 8))
-    laid = direct.cut(Form(bits=4, act=act), chosen, tokens, *tiles, 132)
-    turns = -(-tiles[0] // chosen.rows // laid.grid)
-    assert turns * laid.grid * chosen.rows < 1.15 * tiles[0] + 2 * chosen.rows
-    assert laid.smem <= 227 << 10
-    whole = -(-tiles[1] // 8)
-    assert laid.piece == whole if laid.buffers == 1 else laid.piece < whole
+    read = Form(bits=4, act=act, base_bytes=1056)
+    chosen = direct.tuning(read, -(-tokens // 8), tiles[0])
+    for smem in (227 << 10, 99 << 10):
+        device = direct.Device(132, smem + 1024, smem)
+        laid = direct.cut(read, chosen, tokens, *tiles, device)
+        turns = -(-tiles[0] // chosen.rows // laid.grid)
+        assert turns * laid.grid * chosen.rows < 1.4 * tiles[0] + 2 * chosen.rows
+        assert laid.smem <= smem
+        pieces = -(-(-(-tiles[1] // 8)) // laid.piece)
+        assert laid.buffers <= pieces
+        assert laid.keeps_x == (laid.buffers == pieces)
 
 
 @gpu

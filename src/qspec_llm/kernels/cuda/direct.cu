@@ -2,10 +2,10 @@
 //
 // The columns are cut into 8 ranges. A block owns blocks of RT tiles of 16 rows, one after the other; its
 // 8 warps own a range each. A warp loads weights from memory straight into the registers that the tensor
-// cores read, DEPTH tiles ahead, and keeps the x of its range in shared memory of its own, or passes over
-// it in two buffers where it has no room. Warps meet only to add up their ranges. What hides the latency
-// of memory is the number of warps. Weights do not depend on earlier kernels, so the first of them are on
-// their way before those have ended.
+// cores read, DEPTH tiles ahead, and keeps the x of its range in shared memory of its own, in pieces that
+// arrive one by one, or lets the pieces pass by where there is no room for all. Warps meet only to add up
+// their ranges. Weights do not depend on earlier kernels, so the first LEAD tiles of them are on their way
+// before those have ended.
 //
 // A row of x meets the weights in an order that depends on the matrix alone: the tiles of a range one
 // after the other, then the ranges in order. The number of tokens picks only NT.
@@ -13,7 +13,7 @@
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT     16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
 //   NT      tiles of 8 tokens, 1 or 2
-//   RT, DEPTH, BLOCKS (a multiprocessor)  change no sum
+//   RT, DEPTH, LEAD, BLOCKS (a multiprocessor)  change no sum
 
 #include "tile.cuh"
 
@@ -28,6 +28,7 @@
 #else
 #define META_TILE 0
 #endif
+#define MOST_BUFFERS 8
 #define SUM_STRIDE (TOKENS + 1)
 #define SUM_BYTES (ROWS * SUM_STRIDE * 4)
 
@@ -43,9 +44,9 @@ struct Problem {
   int num_tokens, num_rows, num_cols, num_row_tiles, num_col_tiles;
   int pitch;
   int num_blocks;       // of RT row tiles
-  int piece;            // tiles of columns that a buffer holds: the whole range where buffers == 1
-  int num_buffers;
-  int lead;             // tiles that a warp fetches into the L2 while it waits for earlier kernels
+  int piece;            // tiles of columns that a buffer of x holds
+  int num_buffers;      // of a warp
+  int keeps_x;          // there is a buffer for every piece
   int bias_kind;  // 0 none, 1 bf16, 2 float32
   int out_is_float;
 };
@@ -413,17 +414,20 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
 
 // ---- x -------------------------------------------------------------------------------------------
 
-// A warp's buffers of x: rows of `piece` tiles, 16 bytes apart from each other so that load_matrices
-// meets every bank, then the scales. One piece is the whole range, or pieces pass by in two buffers.
+// A warp's buffers of x: rows of `piece` tiles, 16 bytes further apart than they are long so that
+// load_matrices meets every bank, then the scales.
 struct Window {
   u32 buffers, barriers;  // shared addresses
   u32 row_bytes, bytes;   // from row to row, and of a buffer
   int tokens, first_token, first, count;
   int next;               // first tile of the piece to fetch
+  int to_fetch;           // pieces
   int slot, parity;       // of the piece that is read
 
   // Columns that do not exist are zeros, and tokens that do not exist are not read.
   DEVICE void fetch(const Problem& p, int to, int lane) {
+    if (to_fetch == 0) return;
+    to_fetch--;
     const u32 buffer = buffers + to * bytes;
     const int tiles = min(p.piece, count - next), tile = first + next;
     const int width = min(tiles * X_TILE, p.num_cols * (ACT / 8) - tile * X_TILE);
@@ -448,6 +452,15 @@ struct Window {
 #endif
 #if ACT == 8
     const u32 meta = buffer + tokens * row_bytes;
+#if HAS_BULK_COPY
+    if (p.pitch == TOKENS) {
+      if (lane == 0) {
+        bulk_load(meta, p.meta + tile * META_TILE, tiles * META_TILE, barrier);
+      }
+      next = next + tiles == count ? 0 : next + tiles;
+      return;
+    }
+#endif
     for (int i = lane; i < tiles * ACT_GROUPS; i += 32) {
       const u8* row = p.meta + ((size_t)(tile * ACT_GROUPS + i) * p.pitch + first_token) * 8;
 #if HAS_BULK_COPY
@@ -554,10 +567,14 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   window.tokens = min(TOKENS, p.num_tokens - window.first_token);
   window.row_bytes = p.piece * X_TILE + 16;
   window.bytes = window.tokens * window.row_bytes + p.piece * META_TILE;
-  window.barriers = barriers + range * 16;
-  window.buffers = barriers + RANGES * 16 + range * p.num_buffers * window.bytes;
+  window.barriers = barriers + range * MOST_BUFFERS * 8;
+  window.buffers = barriers + RANGES * MOST_BUFFERS * 8 + range * p.num_buffers * window.bytes;
   window.next = window.slot = window.parity = 0;
   const int count = window.count;
+  window.to_fetch = (count + p.piece - 1) / p.piece;
+  if (!p.keeps_x) {
+    window.to_fetch *= (p.num_blocks - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+  }
 
   // the sequence of tiles: those of the range, for every block of rows
   Stream next[RT];
@@ -586,26 +603,15 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   };
 
   Weights w[DEPTH][RT];
-  if (count) {
-    start_block();
-    const int tiles = min(p.lead, count);
+  auto load = [&](int d) {
+    if (!has_next) return;
+    reload(w[d], next, l, 0, true);
+    reload(w[d], next, l, 1, true);
+    advance();
+  };
+  if (count) start_block();
 #pragma unroll
-    for (int r = 0; r < RT; r++) {
-      for (int at = l.lane * 112; at < tiles * BASE_BYTES; at += 4096) {
-        prefetch_l2(next[r].base + at);
-      }
-      for (int at = l.lane * 112; at < tiles * REST_BYTES; at += 4096) {
-        prefetch_l2(next[r].rest + at);
-      }
-    }
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-      if (!has_next) break;
-      reload(w[d], next, l, 0, true);
-      reload(w[d], next, l, 1, true);
-      advance();
-    }
-  }
+  for (int d = 0; d < LEAD; d++) load(d);
 #if HAS_BULK_COPY
   if (l.lane < p.num_buffers) barrier_init(window.barriers + l.lane * 8, 1);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -613,9 +619,9 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   __syncwarp();
 #endif
   wait_for_earlier_kernels();
-  if (count) {
-    for (int i = 0; i < p.num_buffers; i++) window.fetch(p, i, l.lane);
-  }
+  for (int i = 0; i < p.num_buffers; i++) window.fetch(p, i, l.lane);
+#pragma unroll
+  for (int d = LEAD; d < DEPTH; d++) load(d);
 
   int block = blockIdx.x, round = 0;
   Accumulators acc = {};
@@ -652,19 +658,20 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
       if (--left) continue;
       const bool is_last = block + (int)gridDim.x >= p.num_blocks;
       tile = min(tile + p.piece, count);
-      if (p.num_buffers > 1) {
-        // on to the other buffer; this one takes the piece after that
+      if (!p.keeps_x) {
         __syncwarp();
-        if (!is_last || window.next > tile) window.fetch(p, window.slot, l.lane);
-        if (++window.slot == 2) window.slot = 0, window.parity ^= 1;
-        if (!is_last || tile < count) window.wait();
+        window.fetch(p, window.slot, l.lane);
       }
+      window.slot++;
       if (tile == count) {
         if (is_last) fetch_ahead(p);
         finish();
         if (is_last) break;
         tile = 0;
+        if (p.keeps_x) window.slot = 0;
       }
+      if (window.slot == p.num_buffers) window.slot = 0, window.parity ^= p.keeps_x ^ 1;
+      window.wait();
       x = window.look(l);
       left = min(p.piece, count - tile);
     }
