@@ -4,6 +4,7 @@ Every GPU test draws fresh inputs, writes into a poisoned output and compares wi
 by `weights.planes`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -161,7 +162,7 @@ def test_the_cut_keeps_every_multiprocessor_busy(
         turns = -(-tiles[0] // chosen.rows // laid.grid)
         assert turns * laid.grid * chosen.rows < 1.4 * tiles[0] + 2 * chosen.rows
         assert laid.smem <= smem
-        pieces = -(-(-(-tiles[1] // 8)) // laid.piece)
+        pieces = math.ceil(math.ceil(tiles[1] / 8) / laid.piece)
         assert laid.buffers <= pieces
         assert laid.keeps_x == (laid.buffers == pieces)
 
