@@ -4,6 +4,7 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ class Device:
 
 @cache
 def _device(index: int) -> Device:
-    found = torch.cuda.get_device_properties(index)
+    found: Any = torch.cuda.get_device_properties(index)
     return Device(
         found.multi_processor_count,
         found.shared_memory_per_multiprocessor,
