@@ -42,7 +42,7 @@ from qspec_llm.tokenizer import HFTokenizer, Message
 from qspec_llm.version import __version__
 from qspec_llm.weights.checkpoint import open_checkpoint
 from qspec_llm.weights.lora import merge
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import VERIFY, Activation
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "Speculation"]
 
@@ -167,6 +167,7 @@ class LLM:
             num_positions=min(self.model_config.context_length, self._num_blocks * BLOCK_SIZE),
             progress=progress,
         )
+        self.decoder.ops.check(self.decoder.matrices(), (VERIFY, self.config.draft_view))
         assert self.config.gamma is not None
         self.engine = self.new_engine(self.config.gamma)
 

@@ -4,6 +4,7 @@ Every GPU test draws fresh inputs, writes into a poisoned output and compares wi
 by `weights.planes`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from helpers_weights import FORMS, assert_same_stored
 from qspec_llm.kernels import reference
-from qspec_llm.kernels.cuda import check, layout, linear
+from qspec_llm.kernels.cuda import check, direct, layout, linear
 from qspec_llm.kernels.cuda import compile as nvrtc
+from qspec_llm.kernels.cuda.form import Form, form_of
 from qspec_llm.weights.planes import (
     Dense,
     Planes,
@@ -110,31 +112,31 @@ def test_every_kernel_compiles(arch: str, tmp_path: Any, monkeypatch: pytest.Mon
             pytest.skip(str(error))
         raise
     draft = draft_view(Activation.A8)
-    for form, view, token_tiles in [
+    for name, view, token_tiles in [
         ("signed16", VERIFY, 1),
-        ("signed16", draft, 4),
+        ("signed16", draft, 2),
         ("affine8_offset", VERIFY, 2),
         ("affine8_draft8", draft, 1),
-        ("affine4_f16", draft_view(Activation.A16), 8),
-        (None, VERIFY, 16),
+        ("affine4_f16", draft_view(Activation.A16), 1),
+        (None, VERIFY, 2),
     ]:
-        stored = None if form is None else random_stored(form, 32, 128, 64)
+        stored = None if name is None else random_stored(name, 32, 128, 64)
         spec = stored.spec if isinstance(stored, Planes) else None
-        shape = linear._form(spec, view, 64)
-        more = {"NT": token_tiles, "RT": 1, "COLS": 1, "THREADS": 480, "BLOCKS": 1}
+        shape = form_of(spec, view, 64)
+        more = {"NT": token_tiles, "RT": 1, "DEPTH": 2, "LEAD": 1, "BLOCKS": 1}
         defines = [(k, str(v)) for k, v in {**shape.defines(), **more}.items()]
-        assert nvrtc.compile_source("linear.cu", arch, defines)
+        assert nvrtc.compile_source("direct.cu", arch, defines)
         if view == VERIFY:
             assert nvrtc.compile_source("weights.cu", arch, defines)
     assert len(list(tmp_path.iterdir())) == 10
-    with refused("linear.cu", "error"):
-        nvrtc.compile_source("linear.cu", arch, [("ACT", "8")])
+    with refused("direct.cu", "error"):
+        nvrtc.compile_source("direct.cu", arch, [("ACT", "8")])
 
 
 def test_an_architecture_that_nvrtc_does_not_know_is_refused() -> None:
     pytest.importorskip("cuda.bindings.nvrtc", exc_type=Exception)
     with refused("sm_52"):
-        nvrtc.compile_source("linear.cu", "sm_52")
+        nvrtc.compile_source("direct.cu", "sm_52")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -143,17 +145,26 @@ def test_no_gpu_is_one_sentence() -> None:
         nvrtc.architecture()
 
 
-@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
-def test_the_cut_keeps_every_multiprocessor_busy(shape: tuple[int, int]) -> None:
-    tiles = shape[0] // 16, shape[1] // 128
-    cut = linear.plan(*tiles, 1056, 132, True)
-    blocks = -(-tiles[0] // cut.panels)
-    assert blocks * cut.splits <= 132
-    assert blocks * cut.panels < 1.1 * tiles[0]
-    assert cut.panels * tiles[1] / cut.splits < 1.4 * tiles[0] * tiles[1] / 132
-    few = linear.plan(*tiles, 1056, 132, True, most=12)
-    assert few.splits == cut.splits  # the order of sums
-    assert few.panels <= 12
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16])
+@pytest.mark.parametrize("act", [8, 16])
+@pytest.mark.parametrize(
+    "shape", [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (100, 576)]
+)
+def test_the_cut_keeps_every_multiprocessor_busy(
+    shape: tuple[int, int], act: int, tokens: int
+) -> None:
+    tiles = -(-shape[0] // 16), -(-shape[1] // 128)
+    read = Form(bits=4, act=act, base_bytes=1056)
+    chosen = direct.tuning(read, -(-tokens // 8), tiles[0])
+    for smem in (227 << 10, 99 << 10):
+        device = direct.Device(132, smem + 1024, smem)
+        laid = direct.cut(read, chosen, tokens, *tiles, device)
+        turns = -(-tiles[0] // chosen.rows // laid.grid)
+        assert turns * laid.grid * chosen.rows < 1.4 * tiles[0] + 2 * chosen.rows
+        assert laid.smem <= smem
+        pieces = math.ceil(math.ceil(tiles[1] / 8) / laid.piece)
+        assert laid.buffers <= pieces
+        assert laid.keeps_x == (laid.buffers == pieces)
 
 
 @gpu

@@ -107,6 +107,15 @@ class Backend(Protocol):
     def buffers(self, packed: Packed) -> list[Tensor]:
         """The tensors that hold its bytes, so that bytes can be counted where they lie."""
 
+    def check(self, packed: Sequence[Packed], views: Sequence[View]) -> None:
+        """Compare, once, the kernels that these matrices need in these views with the reference.
+
+        A backend whose kernels were compiled and tested before they were installed does nothing.
+
+        Raises:
+            QSpecError: a kernel computed something else.
+        """
+
     def read_memory(self, memory: Tensor) -> None:
         """Read every byte of a tensor once, as fast as this backend can read anything."""
 

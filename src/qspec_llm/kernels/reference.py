@@ -12,7 +12,7 @@ Everything accumulates in float32 and is rounded once, to the dtype of the activ
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from qspec_llm.weights.view import Activation, View
 __all__ = [
     "attention",
     "buffers",
+    "check",
     "configure",
     "device",
     "embed",
@@ -259,6 +260,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return gate / (1 + torch.exp(-gate)) * up
 
     return _by_tile(part, gate_up.float(), DECODE_TILE).to(gate_up.dtype)
+
+
+def check(packed: Sequence[Packed], views: Sequence[View]) -> None:
+    """Nothing: this is what others are compared with."""
 
 
 def whole_step(decoder: Any) -> Forward | None:

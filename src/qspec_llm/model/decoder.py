@@ -79,6 +79,16 @@ class Decoder:
         """All of `forward` in one call, where the backend has that: same results, less between."""
         return self.ops.whole_step(self)
 
+    def matrices(self) -> list[Packed]:
+        """Every packed matrix: the embedding, the linears of all layers, the head."""
+        linears = [
+            part
+            for layer in self.layers
+            for part in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        ]
+        parts = [weight for part in (*linears, self.head) for weight, _ in part.parts]
+        return [self.embedding, *parts]
+
     def nbytes(self) -> int:
         """Bytes of weights held, each once: tied tensors lie at one address."""
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in self._tensors()}.values())

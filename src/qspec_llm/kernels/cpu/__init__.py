@@ -28,6 +28,7 @@ from qspec_llm.kernels.cpu.layout import pack, unpack
 from qspec_llm.kernels.cpu.ops import (
     attention,
     buffers,
+    check,
     embed,
     linear,
     read_memory,
@@ -43,6 +44,7 @@ __all__ = [
     "attention",
     "available_isas",
     "buffers",
+    "check",
     "configure",
     "device",
     "embed",

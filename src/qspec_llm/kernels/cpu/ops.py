@@ -4,11 +4,13 @@ Activations are bfloat16 or float32. Weights of `linear` as in `layout`; integer
 have 16 bits a value and one power of two for each 32 or 64 columns (rows.inl, fill_split).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
-from qspec_llm.kernels import LayerKV, Rows
+from qspec_llm.kernels import LayerKV, Packed, Rows
 from qspec_llm.kernels.cpu import _cpu
 from qspec_llm.kernels.cpu.layout import TYPE_CODES, PackedMatrix
 from qspec_llm.weights.view import Activation, View
@@ -18,6 +20,7 @@ __all__ = [
     "ACTIVATION_TYPES",
     "attention",
     "buffers",
+    "check",
     "check_head_dim",
     "embed",
     "linear",
@@ -38,6 +41,10 @@ MAX_HEAD_DIM = 256
 def buffers(packed: PackedMatrix) -> list[Tensor]:
     """The tensors that hold its bytes."""
     return packed.tensors()
+
+
+def check(packed: Sequence[Packed], views: Sequence[View]) -> None:
+    """Nothing: kernels are compiled and tested before they are installed."""
 
 
 def read_memory(memory: Tensor) -> None:

@@ -4,7 +4,10 @@
     device.py      which GPU, and why not
     compile.py     CUDA C++ to running kernels, with a cache on disk
     layout.py      how stored tensors are arranged, and back
-    linear.py      linears, the quantisation of their activations, embedding rows (linear.cu, ...)
+    linear.py      linears: checks, and which kernel computes them
+    direct.py      generated rows (direct.cu); form.py: how a view reads a tensor
+    activations.py, tables.py, prompt.py   quantisation; embedding rows; prompt rows
+    check.py       every kernel of a model against the reference, when it is loaded
     matrices.py    the linears' kernels, or the reference's arithmetic for what they do not take
     rows.py        RMSNorm and SwiGLU (rows.cu)
     attention.py   RoPE, the write of K and V, and attention of generated rows (attention.cu)

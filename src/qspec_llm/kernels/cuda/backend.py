@@ -4,6 +4,7 @@ from qspec_llm.kernels.cuda.device import gpu, require_gpu
 
 require_gpu()
 
+from qspec_llm.kernels.cuda.check import check_packed as check  # noqa: E402
 from qspec_llm.kernels.cuda.matrices import buffers, embed, linear, pack, read_memory, unpack  # noqa: E402
 from qspec_llm.kernels.cuda.ops import (  # noqa: E402
     attention,
@@ -19,6 +20,7 @@ from qspec_llm.kernels.cuda.step import whole_step  # noqa: E402
 __all__ = [
     "attention",
     "buffers",
+    "check",
     "configure",
     "device",
     "embed",

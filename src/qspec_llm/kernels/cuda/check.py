@@ -6,7 +6,7 @@ would do anyway. Tests in tests/kernels/test_cuda.py go further.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,17 +14,27 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Rows, reference
-from qspec_llm.kernels.cuda.layout import pack
+from qspec_llm.kernels.cuda.device import is_interpreted
+from qspec_llm.kernels.cuda.layout import PackedDense, PackedMatrix, PackedPlanes, pack
 from qspec_llm.kernels.cuda.linear import embed, linear
 from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored, draft_weight, verify_weight
 from qspec_llm.weights.view import VERIFY, View
 
-__all__ = ["check", "some_planes"]
+__all__ = ["check", "check_packed", "some_planes"]
 
 ROWS, COLS = 80, 1024  # five panels, and columns enough for a cluster to share
-COUNTS = (1, 16, 24, 40, 72)  # one of every width of instance
+COUNTS = (1, 16, 24, 40, 72)  # every width of instance, and blocks of them
 LARGEST_ERROR = 1e-4  # norm-relative, of float32 sums
 LARGEST_ROUNDED = 4e-3  # the same, with weights rounded to bf16
+
+
+def check_packed(packed: Sequence[PackedMatrix], views: Sequence[View]) -> None:
+    """`check` for the matrices of a model; Triton's interpreter has no such kernels."""
+    if is_interpreted():
+        return
+    nested = {one.spec for one in packed if isinstance(one, PackedPlanes)}
+    dense = any(isinstance(one, PackedDense) for one in packed)
+    check([*nested, *([None] if dense else [])], views)
 
 
 def check(specs: Iterable[PlaneSpec | None], views: Iterable[View]) -> None:

@@ -16,6 +16,7 @@
 
 #define TILE_ROWS 16
 #define TILE_COLS 128
+#define LEVELS (BITS == 4 || BITS == 8)
 #define GROUPS_PER_TILE (TILE_COLS / GROUP)
 
 #if BITS == 0

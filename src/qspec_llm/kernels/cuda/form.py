@@ -1,0 +1,127 @@
+"""How one view reads a packed tensor, and one product that a kernel is to compute."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qspec_llm.kernels.cuda.layout import (
+    DENSE_BYTES,
+    PackedDense,
+    PackedMatrix,
+    PackedPlain,
+    PackedPlanes,
+    tile_bytes,
+)
+from qspec_llm.weights.planes import Grid, PlaneSpec
+from qspec_llm.weights.view import Activation, View
+
+__all__ = ["Form", "Product", "ahead_of", "form_of", "form_of_weight"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A tensor as one view reads it: the parameters of tile.cuh, and the bytes of a tile."""
+
+    bits: int
+    group: int = 128
+    is_signed: bool = True
+    has_offset: bool = False
+    has_middle: bool = False
+    is_half: bool = False
+    act: int = 16
+    act_group: int = 64
+    base_bytes: int = DENSE_BYTES
+    rest_bytes: int = 0
+
+    def defines(self) -> dict[str, int]:
+        """Macros."""
+        return {
+            "BITS": self.bits,
+            "GROUP": self.group,
+            "SIGNED": int(self.is_signed),
+            "OFFSET": int(self.has_offset),
+            "MIDDLE": int(self.has_middle),
+            "SCALE_HALF": int(self.is_half),
+            "ACT": self.act,
+            "ACT_GROUP": self.act_group,
+        }
+
+
+@functools.cache
+def form_of(spec: PlaneSpec | None, view: View, act_group: int) -> Form:
+    """How `view` reads a tensor of `spec` (None: a dense one)."""
+    if spec is None:
+        return Form(bits=0)
+    bits = spec.draft_bits if view.is_draft else spec.bits
+    base_bytes, rest_bytes = tile_bytes(spec)
+    return Form(
+        bits=bits,
+        group=spec.group,
+        is_signed=spec.grid is Grid.SIGNED,
+        has_offset=spec.has_offset,
+        has_middle=spec.grid is Grid.AFFINE and bits == 4 and spec.bits == 8,
+        is_half=spec.scale_dtype is torch.float16,
+        act=16 if view.activation is Activation.A16 else 8,
+        act_group=act_group,
+        base_bytes=base_bytes,
+        rest_bytes=0 if bits == 4 else rest_bytes,
+    )
+
+
+def form_of_weight(weight: PackedPlanes | PackedDense, view: View, act_group: int = 64) -> Form:
+    """How `view` reads a packed tensor, with activations in groups of `act_group`."""
+    return form_of(weight.spec if isinstance(weight, PackedPlanes) else None, view, act_group)
+
+
+AHEAD_BYTES = 8 << 20  # at most this much of the next weights is fetched
+
+
+def ahead_of(weight: PackedMatrix, view: View) -> tuple[tuple[int, int], ...]:
+    """Address and bytes of what the view reads first of a tensor: whole rows of tiles."""
+    if isinstance(weight, PackedPlain):
+        return ()
+    form = form_of_weight(weight, view)
+    row_tiles, col_tiles = weight.base.shape[:2]
+    rows = min(row_tiles, AHEAD_BYTES // (col_tiles * (form.base_bytes + form.rest_bytes)))
+    parts = [(weight.base.data_ptr(), rows * col_tiles * form.base_bytes)]
+    if isinstance(weight, PackedPlanes) and weight.rest is not None and form.rest_bytes:
+        parts.append((weight.rest.data_ptr(), rows * col_tiles * form.rest_bytes))
+    return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Product:
+    """out = x times the weights, transposed, plus bias; all checked.
+
+    Attributes:
+        form: how the view reads the weights.
+        values: [R, K] bf16, or int8 codes as in `Quantized`; contiguous, from an address and with
+            rows that are multiples of 16 bytes.
+        meta: [groups, pitch, 2] int32 of int8 codes.
+        weight: [N, K].
+        bias: [N] bf16 or float32.
+        out: [R, N] bf16 or float32, contiguous.
+        ahead: address and bytes of what may be fetched into the L2 when this is done.
+        pdl: programmatic dependent launch (compile.Kernel.launch).
+    """
+
+    form: Form
+    values: Tensor
+    meta: Tensor | None
+    weight: PackedPlanes | PackedDense
+    bias: Tensor | None
+    out: Tensor
+    ahead: tuple[tuple[int, int], ...] = ()
+    pdl: bool = False
+
+    @property
+    def rest(self) -> Tensor | None:
+        """The planes that the view reads beyond the base."""
+        return self.weight.rest if isinstance(self.weight, PackedPlanes) else None
+
+    @property
+    def bias_kind(self) -> int:
+        """0 for none, 1 for bf16, 2 for float32."""
+        return 0 if self.bias is None else 1 if self.bias.dtype is torch.bfloat16 else 2
