@@ -16,7 +16,7 @@ from torch import Tensor
 
 from helpers_weights import FORMS, assert_same_stored
 from qspec_llm.kernels import reference
-from qspec_llm.kernels.cuda import check, direct, layout, linear
+from qspec_llm.kernels.cuda import activations, check, direct, layout, linear, tables
 from qspec_llm.kernels.cuda import compile as nvrtc
 from qspec_llm.kernels.cuda.form import Form, form_of
 from qspec_llm.weights.planes import (
@@ -249,9 +249,9 @@ def test_the_bf16_target_returns_every_bit(kind: str, group: int) -> None:
     packed = layout.pack(stored)
     assert isinstance(packed, layout.PackedPlanes)
     room = torch.full((256, 512), torch.nan, dtype=torch.bfloat16, device="cuda")
-    assert_same_bits(linear.decoded(packed, slice(None), room).cpu(), weight)
+    assert_same_bits(tables.decoded(packed, slice(None), room).cpu(), weight)
     assert_same_bits(verify_bits(stored).view(torch.bfloat16), weight)
-    assert_same_bits(linear.embed(torch.arange(256).cuda(), packed, torch.bfloat16).cpu(), weight)
+    assert_same_bits(tables.embed(torch.arange(256).cuda(), packed, torch.bfloat16).cpu(), weight)
     one_hot = torch.eye(512, dtype=torch.bfloat16, device="cuda")
     for first in range(0, 512, 256):
         out = run(one_hot[first : first + 256], packed, VERIFY)
@@ -265,7 +265,7 @@ def test_embed(form: str) -> None:
     stored = random_stored(form, 97, 576, 64)
     weight = stored.weight.float() if isinstance(stored, Dense) else verify_weight(stored)
     tokens = torch.tensor([0, 96, 31, 32, 5, 5], device="cuda")
-    out = linear.embed(tokens, layout.pack(stored), torch.float32)
+    out = tables.embed(tokens, layout.pack(stored), torch.float32)
     assert_same_bits(out.cpu(), weight[tokens.cpu()])
 
 
@@ -276,7 +276,7 @@ def test_embed(form: str) -> None:
 def test_quantised_activations(activation: Activation, num_cols: int, dtype: torch.dtype) -> None:
     x = fresh(21, num_cols, dtype=dtype)
     x[3] = 0
-    found = linear.quantize(x, activation)
+    found = activations.quantize(x, activation)
     integers, scale = (
         part.cuda() for part in reference.quantize_activations(x.float().cpu(), activation)
     )
@@ -320,7 +320,7 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
     with refused("bias", "(15,)"):
         linear.linear(x, packed, fresh(15), VERIFY, rows)
     with refused("draft"):
-        linear.linear(linear.quantize(x, Activation.A8), packed, None, VERIFY, rows)
+        linear.linear(activations.quantize(x, Activation.A8), packed, None, VERIFY, rows)
     with refused("torch.float16"):
         linear.linear(x, packed, None, VERIFY, rows, torch.float16)
 

@@ -18,14 +18,11 @@ from torch import Tensor
 
 from qspec_llm.bench.shapes import SHAPES
 from qspec_llm.kernels import Rows
+from qspec_llm.kernels.cuda.activations import quantize
+from qspec_llm.kernels.cuda.direct import Tuning
 from qspec_llm.kernels.cuda.layout import PackedMatrix, pack
-from qspec_llm.kernels.cuda.linear import (
-    Tuning,
-    linear,
-    quantize,
-    read_memory,
-    wants_integers,
-)
+from qspec_llm.kernels.cuda.linear import linear, wants_integers
+from qspec_llm.kernels.cuda.tables import read_memory
 from qspec_llm.weights.quantize import Recipe, Target, nest
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 

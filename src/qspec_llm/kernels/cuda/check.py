@@ -16,7 +16,8 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Rows, reference
 from qspec_llm.kernels.cuda.device import is_interpreted
 from qspec_llm.kernels.cuda.layout import PackedDense, PackedMatrix, PackedPlanes, pack
-from qspec_llm.kernels.cuda.linear import embed, linear
+from qspec_llm.kernels.cuda.linear import linear
+from qspec_llm.kernels.cuda.tables import embed
 from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored, draft_weight, verify_weight
 from qspec_llm.weights.view import VERIFY, View
 

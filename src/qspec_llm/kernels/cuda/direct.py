@@ -12,7 +12,7 @@ from qspec_llm.kernels.cuda.compile import Kernel, kernel
 from qspec_llm.kernels.cuda.form import Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
 
-__all__ = ["Tuning", "multiply", "tuning"]
+__all__ = ["Cut", "Device", "Tuning", "cut", "instance", "multiply", "tuning"]
 
 RANGES = 8  # of columns, a warp each; the order of every sum follows from it
 WIDEST = 2  # tiles of 8 tokens

@@ -13,32 +13,16 @@ from qspec_llm.kernels import Rows
 from qspec_llm.kernels.cuda import direct
 from qspec_llm.kernels.cuda.activations import (
     Quantized,
-    activation_group,
     check_rows,
-    padded_rows,
     quantize,
 )
 from qspec_llm.kernels.cuda.direct import Tuning
 from qspec_llm.kernels.cuda.form import Product, ahead_of, form_of_weight
 from qspec_llm.kernels.cuda.layout import PackedDense, PackedMatrix, PackedPlain, PackedPlanes
 from qspec_llm.kernels.cuda.prompt import plain, prompt
-from qspec_llm.kernels.cuda.tables import decoded, embed, read_memory
 from qspec_llm.weights.view import Activation, View
 
-__all__ = [
-    "Quantized",
-    "Tuning",
-    "activation_group",
-    "buffers",
-    "can_run",
-    "decoded",
-    "embed",
-    "linear",
-    "padded_rows",
-    "quantize",
-    "read_memory",
-    "wants_integers",
-]
+__all__ = ["buffers", "can_run", "linear", "wants_integers"]
 
 OUT_TYPES = (torch.bfloat16, torch.float32)
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Packed, Rows, reference
-from qspec_llm.kernels.cuda import layout
+from qspec_llm.kernels.cuda import layout, tables
 from qspec_llm.kernels.cuda import linear as kernels
+from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.device import gpu
 from qspec_llm.kernels.cuda.layout import PackedMatrix, PackedPlanes
-from qspec_llm.kernels.cuda.linear import Quantized
 from qspec_llm.kernels.triton.launch import IS_INTERPRETED, can_overlap
 from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.view import View
@@ -51,14 +51,14 @@ def buffers(packed: Packed) -> list[Tensor]:
 
 def read_memory(memory: Tensor) -> None:
     """Read every byte of a tensor once: [bytes] uint8, a multiple of 16."""
-    kernels.read_memory(memory)
+    tables.read_memory(memory)
 
 
 def embed(tokens: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
     """Rows of the embedding: tokens [R] int64 to [R, hidden]."""
     if IS_INTERPRETED:
         return reference.embed(tokens, table, dtype)
-    return kernels.embed(tokens, table, dtype, pdl=can_overlap())
+    return tables.embed(tokens, table, dtype, pdl=can_overlap())
 
 
 def takes_quantized(packed: Packed, dtype: torch.dtype) -> bool:

@@ -6,8 +6,8 @@ rows.cu for bf16 rows in whole vectors; other dtypes and widths go through Trito
 import torch
 from torch import Tensor
 
+from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.compile import kernel
-from qspec_llm.kernels.cuda.linear import Quantized
 from qspec_llm.kernels.triton import norms, swiglu
 from qspec_llm.kernels.triton.launch import can_overlap
 from qspec_llm.kernels.triton.quantize import group_and_top

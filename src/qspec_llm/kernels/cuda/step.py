@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qspec_llm.kernels import Forward, LayerKV, Rows
+from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.attention import rotate_write_attend
-from qspec_llm.kernels.cuda.linear import Quantized
 from qspec_llm.kernels.cuda.matrices import embed, linear, takes_quantized
 from qspec_llm.kernels.cuda.rows import add_rms_norm, rms_norm, silu_mul
 from qspec_llm.kernels.triton.prompt import attend_prompt

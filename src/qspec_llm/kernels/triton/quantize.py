@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qspec_llm.kernels.cuda.linear import Quantized, activation_group
+from qspec_llm.kernels.cuda.activations import Quantized, activation_group
 from qspec_llm.kernels.triton.launch import next_power, options, start
 from qspec_llm.weights.view import Activation
 
