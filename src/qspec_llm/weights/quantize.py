@@ -23,7 +23,16 @@ from qspec_llm.weights.planes import (
     Stored,
 )
 
-__all__ = ["Recipe", "Target", "draft_bits", "nest", "nest_affine", "nest_signed8", "nest_signed16"]
+__all__ = [
+    "Choice",
+    "Recipe",
+    "Target",
+    "draft_bits",
+    "nest",
+    "nest_affine",
+    "nest_signed8",
+    "nest_signed16",
+]
 
 SIGNED_TOP = 7.44  # largest |w| of a group over s: 16 * 7.44 rounds to 119 = 16 * 7 + 15 - 8
 BLOCK_ELEMENTS = 1 << 20  # rows are quantised in blocks of about this many weights
@@ -32,7 +41,7 @@ SCALE_MIN, SCALE_MAX = 2.0**-125, 2.0**124
 
 
 _Draft = Callable[[Tensor, Tensor], Tensor]  # values, step -> what the grid makes of them
-_Encode = Callable[[Tensor], dict[str, Tensor]]  # weights [rows, K/G, G] -> planes
+_Encode = Callable[[Tensor, slice], dict[str, Tensor]]  # weights [rows, K/G, G], which -> planes
 
 
 class Target(StrEnum):
@@ -58,15 +67,36 @@ class Recipe:
     clip_steps: int = 8
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Scales and levels that a method chose for one matrix (`qspec_llm.weights.methods`).
+
+    Attributes:
+        scale: [N, K/G] float32 values that bf16 holds.
+        levels: [N, K] int8; on the signed grid none lies across zero from its weight.
+    """
+
+    scale: Tensor
+    levels: Tensor
+
+    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Scales [rows, K/G] and levels [rows, K/G, G] of some rows."""
+        scale = self.scale[rows]
+        return scale, self.levels[rows].view(*scale.shape, -1)
+
+
 class _Unrepresentable(Exception):  # noqa: N818  # caught in this module; says why, not that it failed
     pass
 
 
-def nest(weight: Tensor, recipe: Recipe, *, is_vocabulary: bool = False) -> Stored:
+def nest(
+    weight: Tensor, recipe: Recipe, *, is_vocabulary: bool = False, choice: Choice | None = None
+) -> Stored:
     """Nest one matrix [N, K] of any float dtype for the recipe's target.
 
     `is_vocabulary` marks the embedding and the LM head, which keep 8 bits under `int4`. A matrix
-    that the format cannot hold exactly comes back dense with the reason.
+    that the format cannot hold exactly comes back dense with the reason. `choice` replaces the
+    recipe's own rule; 8-bit tensors do not take one, since their codes follow from the scale.
     """
     sizes = [g for g in GROUPS if g <= recipe.group and weight.shape[1] % g == 0]
     original, weight = weight, weight.to(torch.bfloat16)
@@ -77,41 +107,68 @@ def nest(weight: Tensor, recipe: Recipe, *, is_vocabulary: bool = False) -> Stor
     group = sizes[-1]
     try:
         if recipe.target is Target.BF16:
-            return nest_signed16(weight, group, recipe.clip_steps)
+            return nest_signed16(weight, group, recipe.clip_steps, choice)
         if recipe.target is Target.INT8 or is_vocabulary:
             return nest_signed8(weight, group, draft_bits(recipe.target))
-        return nest_affine(weight, group, recipe.clip_steps)
+        return nest_affine(weight, group, recipe.clip_steps, choice)
     except _Unrepresentable as error:
         return Dense(weight, str(error))
 
 
-def nest_signed16(weight: Tensor, group: int, clip_steps: int = 1) -> Planes:
-    """Nest bf16 weights [N, K] so that the verify view returns every bit (`bf16` target)."""
+def nest_signed16(
+    weight: Tensor, group: int, clip_steps: int = 1, choice: Choice | None = None
+) -> Planes:
+    """Nest bf16 weights [N, K] so that the verify view returns every bit (`bf16` target).
+
+    A chosen level from which the residual does not reach the weight becomes the nearest one.
+    """
     spec = PlaneSpec(weight.shape[0], weight.shape[1], group=group, bits=16, grid=Grid.SIGNED)
-    return _by_blocks(weight, spec, lambda block: _signed16_block(block, group, clip_steps))
+
+    def encode(block: Tensor, rows: slice) -> dict[str, Tensor]:
+        if choice is None:
+            magnitude = block.abs().float()
+            start = magnitude.amax(-1) / SIGNED_TOP
+            return _signed16_block(block, _clip_search(magnitude, start, clip_steps, _signed_value))
+        scale, levels = choice.block(rows)
+        return _signed16_block(block, _in_range(scale), levels.abs().to(torch.uint8))
+
+    return _by_blocks(weight, spec, encode)
 
 
-def _signed16_block(grouped: Tensor, group: int, clip_steps: int) -> dict[str, Tensor]:
-    """Planes of bf16 weights [rows, K/G, G]."""
-    magnitude = grouped.abs().float()
-    scale = _clip_search(magnitude, magnitude.amax(-1) / SIGNED_TOP, clip_steps, _signed_value)
+def _signed16_block(
+    grouped: Tensor, scale: Tensor, chosen: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Planes of bf16 weights [rows, K/G, G]; `chosen` levels uint8, else the nearest."""
     scale = _within_residual_range(grouped, scale)
     step = scale.float()[..., None]
-    is_negative = grouped.view(torch.int16) < 0
-    level = torch.round(magnitude / step).clamp_(max=7).to(torch.uint8)
-    codes = torch.where(is_negative, 7 - level, 8 + level)
-    anchor = codes.to(torch.bfloat16).sub_(7.5).mul_(scale[..., None])
-    residual = _magnitude_bits(grouped) - _magnitude_bits(anchor) + RESIDUAL_CENTRE
-    is_zero = grouped == 0
-    if not (is_zero | ((residual >= 1) & (residual <= 4095))).all():
+    is_negative, is_zero = grouped.view(torch.int16) < 0, grouped == 0
+    nearest = torch.round(grouped.abs().float() / step).clamp_(max=7).to(torch.uint8)
+    level = nearest if chosen is None else chosen
+    codes, residual = _code_and_residual(grouped, scale, level, is_negative)
+    is_reached = is_zero | ((residual >= 1) & (residual <= 4095))
+    if chosen is not None and not is_reached.all():
+        level = torch.where(is_reached, chosen, nearest)
+        codes, residual = _code_and_residual(grouped, scale, level, is_negative)
+        is_reached = is_zero | ((residual >= 1) & (residual <= 4095))
+    if not is_reached.all():
         raise _Unrepresentable("a group spans more than the 36 octaves that a residual reaches")
     residual.masked_fill_(is_zero, 0)
+    group = grouped.shape[-1]
     return {
         "q4": _pack(codes, group),
         "r4": _pack((residual >> 8).to(torch.uint8), group),
         "r8": (residual & 255).to(torch.uint8).flatten(1),
         "scale": scale,
     }
+
+
+def _code_and_residual(
+    grouped: Tensor, scale: Tensor, level: Tensor, is_negative: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 and residuals int16 of bf16 weights at given levels, in range or not."""
+    codes = torch.where(is_negative, 7 - level, 8 + level)
+    anchor = codes.to(torch.bfloat16).sub_(7.5).mul_(scale[..., None])
+    return codes, _magnitude_bits(grouped) - _magnitude_bits(anchor) + RESIDUAL_CENTRE
 
 
 def draft_bits(target: Target) -> int:
@@ -133,7 +190,7 @@ def nest_signed8(weight: Tensor, group: int, draft_bits: int = 4) -> Planes:
         grid=Grid.SIGNED,
         draft_bits=draft_bits,
     )
-    return _by_blocks(weight, spec, lambda block: _signed8_block(block, group))
+    return _by_blocks(weight, spec, lambda block, _: _signed8_block(block, group))
 
 
 def _signed8_block(grouped: Tensor, group: int) -> dict[str, Tensor]:
@@ -151,10 +208,19 @@ def _signed8_block(grouped: Tensor, group: int) -> dict[str, Tensor]:
     }
 
 
-def nest_affine(weight: Tensor, group: int, clip_steps: int = 1) -> Planes:
+def nest_affine(
+    weight: Tensor, group: int, clip_steps: int = 1, choice: Choice | None = None
+) -> Planes:
     """Quantise weights [N, K] to symmetric 4-bit codes (`int4` target): w = (c - 8) s."""
     spec = PlaneSpec(weight.shape[0], weight.shape[1], group=group, bits=4, grid=Grid.AFFINE)
-    return _by_blocks(weight, spec, lambda block: _affine_block(block, group, clip_steps))
+
+    def encode(block: Tensor, rows: slice) -> dict[str, Tensor]:
+        if choice is None:
+            return _affine_block(block, group, clip_steps)
+        scale, levels = choice.block(rows)
+        return {"q4": _pack((levels + 8).to(torch.uint8), group), "scale": _in_range(scale)}
+
+    return _by_blocks(weight, spec, encode)
 
 
 def _affine_block(grouped: Tensor, group: int, clip_steps: int) -> dict[str, Tensor]:
@@ -239,11 +305,13 @@ def _pack(codes: Tensor, group: int) -> Tensor:
 
 def _by_blocks(weight: Tensor, spec: PlaneSpec, encode: _Encode) -> Planes:
     """Encode a few rows at a time: temporaries stay small next to the tensor."""
-    parts = [encode(block) for block in _blocks(weight, spec.group)]
+    parts = [encode(block, rows) for block, rows in _blocks(weight, spec.group)]
     return Planes.from_tensors(spec, {n: torch.cat([p[n] for p in parts]) for n in parts[0]})
 
 
-def _blocks(weight: Tensor, group: int) -> Iterator[Tensor]:
+def _blocks(weight: Tensor, group: int) -> Iterator[tuple[Tensor, slice]]:
     num_rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    for block in torch.split(weight, num_rows):
-        yield block.contiguous().view(block.shape[0], -1, group)
+    for start in range(0, len(weight), num_rows):
+        rows = slice(start, start + num_rows)
+        block = weight[rows].contiguous()
+        yield block.view(block.shape[0], -1, group), rows
