@@ -24,7 +24,7 @@ LEVELS = (
     {"engine"},
     {"config", "hub", "llm", "tokenizer"},
     {"server"},
-    {"bench", "cli", "eval"},
+    {"bench", "cli", "eval", "quantize"},
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 MODULES = sorted(

@@ -1,4 +1,4 @@
-"""The command line: `qspec generate | chat | serve | run-batch | inspect | eval | bench | ...`.
+"""The command line: `qspec generate | chat | serve | run-batch | quantize | eval | bench | ...`.
 
 Parses options and reports errors; each command is a module that is imported when it is used.
 """
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--all", action="store_true", help="every tensor, not one line for layers")
     inspect.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
+    _add_quantize(commands)
     _add_eval(commands)
     _add_bench(commands)
     _add_serve(commands)
@@ -124,6 +125,44 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--max-body-bytes", type=int, default=4 << 20, metavar="N", help="(default: %(default)s)"
     )
     serve.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def _add_quantize(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    text = "write a nested checkpoint whose draft agrees with its target"
+    parser = _command(commands, "quantize", text)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="directory to create; an interrupted "
+        "run leaves DIR.partial, and the same command goes on from there"
+    )  # fmt: skip
+    _add_target_options(parser)
+    parser.add_argument(
+        "--method",
+        default="gptq",
+        choices=("rtn", "mse", "awq", "gptq"),
+        help="how 4-bit codes are chosen: to nearest; by clipping; by clipping with inputs as "
+        "weights; by columns that make up for each other (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--draft",
+        default="a8",
+        choices=("a8", "a4", "a16"),
+        help="activations that the draft will see (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="FILE",
+        help='text to fit: builtin, JSON Lines of {"prompt", "answer"} or {"text"}, or a text file',
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=16384, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lora", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: torch's choice)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -19,7 +19,16 @@ from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.planes import Dense, Planes, Stored, concat_rows
 from qspec_llm.weights.quantize import Recipe, nest
 
-__all__ = ["Progress", "expected_shapes", "load_decoder", "stored_tensors"]
+__all__ = [
+    "EMBEDDING",
+    "FINAL_NORM",
+    "HEAD",
+    "ROPE_FACTORS",
+    "Progress",
+    "expected_shapes",
+    "load_decoder",
+    "stored_tensors",
+]
 
 Progress = Callable[[int, int], None]  # tensors done, tensors in all
 

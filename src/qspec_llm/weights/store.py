@@ -1,6 +1,7 @@
 """The nested checkpoint on disk: planes and scales in safetensors, described by one JSON index.
 
-    DIR/qspec.json               {"format": 1, "target", "model", "tensors": {name: record}}
+    DIR/qspec.json               {"format": 1, "target", "model", "tensors": {name: record}}, and
+                                 "made", how its codes were chosen, where `qspec quantize` wrote it
     DIR/qspec-00001.safetensors  tensors "NAME#q4", "NAME#r4", "NAME#r8", "NAME#scale",
                                  "NAME#offset", or "NAME" for a dense one; at most SHARD_BYTES
 
@@ -11,7 +12,7 @@ renamed at the end, so a directory with an index is a whole checkpoint.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,15 @@ from qspec_llm.weights.checkpoint.safetensors_dir import open_safetensors, read_
 from qspec_llm.weights.planes import Dense, Grid, Planes, PlaneSpec, Stored
 from qspec_llm.weights.quantize import Target
 
-__all__ = ["FORMAT_VERSION", "INDEX_NAME", "NestedCheckpoint", "write"]
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_NAME",
+    "NestedCheckpoint",
+    "partial_path",
+    "save_shard",
+    "write",
+    "write_index",
+]
 
 FORMAT_VERSION = 1
 INDEX_NAME = "qspec.json"
@@ -55,23 +64,14 @@ def write(
     Raises:
         QSpecError: the directory exists already.
     """
-    if path.exists():
-        raise QSpecError(f"{path} exists already; choose a new directory")
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise QSpecError(f"{partial} cannot be created: {error.strerror}") from None
     try:
-        records = _write_shards(partial, tensors, shard_bytes)
-        index = {
-            "format": FORMAT_VERSION,
-            "target": target.value,
-            "model": dict(model),
-            "tensors": records,
-        }
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        write_index(partial, target, model, _write_shards(partial, tensors, shard_bytes))
         if write_more is not None:
             write_more(partial)
         partial.rename(path)
@@ -80,19 +80,57 @@ def write(
         raise
 
 
+def partial_path(path: Path) -> Path:
+    """Where a checkpoint is written until it is whole.
+
+    Raises:
+        QSpecError: the directory that it would become exists already.
+    """
+    if path.exists():
+        raise QSpecError(f"{path} exists already; choose a new directory")
+    return path.with_name(path.name + ".partial")
+
+
+def write_index(
+    path: Path,
+    target: Target,
+    model: Metadata,
+    records: Mapping[str, Any],
+    made: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the index: `records` as `save_shard` returned them, `made` how codes were chosen."""
+    index = {
+        "format": FORMAT_VERSION,
+        "target": target.value,
+        "model": dict(model),
+        **({} if made is None else {"made": dict(made)}),
+        "tensors": dict(records),
+    }
+    (path / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def save_shard(path: Path, number: int, tensors: Mapping[str, Stored]) -> dict[str, Any]:
+    """Write one file of tensors; their records for the index, by name."""
+    file = f"qspec-{number:05}.safetensors"
+    planes: dict[str, Tensor] = {}
+    for name, stored in tensors.items():
+        planes.update(_named(name, stored))
+    save_file(planes, path / file)
+    return {name: {"file": file, **_record(stored)} for name, stored in tensors.items()}
+
+
 def _write_shards(
     path: Path, tensors: Iterable[tuple[str, Stored]], shard_bytes: int
 ) -> dict[str, Any]:
     records: dict[str, Any] = {}
-    shard: dict[str, Tensor] = {}
+    shard: dict[str, Stored] = {}
     num_files = 1
     for name, stored in tensors:
-        if sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
-            save_file(shard, path / f"qspec-{num_files:05}.safetensors")
+        if sum(stored.nbytes for stored in shard.values()) >= shard_bytes:
+            records.update(save_shard(path, num_files, shard))
             shard, num_files = {}, num_files + 1
-        records[name] = {"file": f"qspec-{num_files:05}.safetensors", **_record(stored)}
-        shard.update(_named(name, stored))
-    save_file(shard, path / f"qspec-{num_files:05}.safetensors")
+        shard[name] = stored
+    records.update(save_shard(path, num_files, shard))
     return records
 
 
@@ -154,6 +192,7 @@ class NestedCheckpoint:
         try:
             self.target = Target(index["target"])
             self.metadata: Metadata = dict(index["model"])
+            self.made: Metadata = dict(index.get("made", {}))
             self._records = {
                 name: self._parse(name, record) for name, record in index["tensors"].items()
             }

@@ -1,6 +1,7 @@
 """Rules that choose scales and levels with the help of a layer's inputs: pure functions of tensors.
 
-`clip` searches scales, `gptq` levels; both weigh an error by what the inputs of the layer make of it.
+`clip` searches scales, `gptq` levels; both weigh an error by what the inputs of the layer make of
+it.
 What the levels mean is `qspec_llm.weights.planes`, how they become planes
 `qspec_llm.weights.quantize`.
 """

@@ -1,8 +1,8 @@
 """Which integer levels a weight may take.
 
 On the signed grid a code tells the sign of the original weight, so a positive weight may take 0..7
-and a negative one -7..0: a method may move a level to anywhere on the weight's own side of zero, and
-the verify view of a 16-bit tensor still returns every bit. The symmetric grid allows -8..7.
+and a negative one -7..0: a method may move a level to anywhere on the weight's own side of zero,
+and the verify view of a 16-bit tensor still returns every bit. The symmetric grid allows -8..7.
 """
 
 from dataclasses import dataclass

@@ -59,5 +59,5 @@ def compensated(weight: Tensor, moments: Moments, fraction: float, damping: floa
     """
     if moments.shift is None or fraction == 0:
         return weight
-    correction = torch.linalg.solve(moments.damped(damping), moments.shift.T).T
+    correction: Tensor = torch.linalg.solve(moments.damped(damping), moments.shift.T).T
     return weight + fraction * (weight @ correction)
