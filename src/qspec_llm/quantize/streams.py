@@ -9,16 +9,15 @@ exact layer gives for the inputs *it* sees (`qspec_llm.weights.methods.moments`)
 Plain torch on float32 tensors that hold bf16 values where the engine's do.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qspec_llm.kernels.reference import round_activations
 from qspec_llm.model.config import ModelConfig
+from qspec_llm.quantize.layer import attend, bf16, heads, norm_of, rms_norm, rotated, silu_mul
 from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.weights.methods import Moments
 from qspec_llm.weights.view import Activation
@@ -102,8 +101,8 @@ def measure_head(
         choose: quantises it.
     """
     norm, head = final
-    exact = _norm(streams.exact, norm, config.norm_eps)
-    other = _rounded(_norm(streams.other, norm, config.norm_eps), streams.activation)
+    exact = rms_norm(streams.exact, norm, config.norm_eps)
+    other = round_activations(rms_norm(streams.other, norm, config.norm_eps), streams.activation)
     quantised = choose((module,), head, _moments(streams, other, exact))
     first = streams.text.num_fitted
     rows = torch.nonzero(streams.text.is_answer[first:])[:, 0] + first
@@ -126,36 +125,32 @@ class _Layer:
 
     def attention(self) -> None:
         exact, other = self._normed("input_layernorm")
-        (q, q2), (k, k2), (v, v2) = self._linears(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), exact, other
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        outputs = self._linears(names, exact, other)
+        (q, k, v), (q2, k2, v2) = (self._query_key_value(*x) for x in zip(*outputs, strict=True))
+        spans = self.streams.text.spans()
+        exact = attend(q, k, v, None, spans)
+        reads_exact = self.streams.reads_exact_kv
+        other = (
+            attend(q2, k, v, (k2, v2), spans) if reads_exact else attend(q2, k2, v2, None, spans)
         )
-        q, k, q2, k2 = (
-            self._rotated(x, name) for x, name in ((q, "q"), (k, "k"), (q2, "q"), (k2, "k"))
-        )
-        v, v2 = self._heads(v), self._heads(v2)
-        exact = self._attend(q, k, v, None)
-        own = (k2, v2)
-        if self.streams.reads_exact_kv:
-            other = self._attend(q2, k, v, own)
-        else:
-            other = self._attend(q2, *own, None)
         self._add("self_attn.o_proj", exact, other)
 
     def mlp(self) -> None:
         exact, other = self._normed("post_attention_layernorm")
         (gate, gate2), (up, up2) = self._linears(("mlp.gate_proj", "mlp.up_proj"), exact, other)
-        self._add("mlp.down_proj", _silu_mul(gate, up), _silu_mul(gate2, up2))
+        self._add("mlp.down_proj", silu_mul(gate, up), silu_mul(gate2, up2))
 
     def _normed(self, module: str) -> tuple[Tensor, Tensor]:
         weight = self.weights[f"{self.prefix}{module}.weight"]
         eps = self.config.norm_eps
-        return _norm(self.streams.exact, weight, eps), _norm(self.streams.other, weight, eps)
+        return rms_norm(self.streams.exact, weight, eps), rms_norm(self.streams.other, weight, eps)
 
     def _add(self, module: str, exact: Tensor, other: Tensor) -> None:
         """The residual connection around a linear."""
         ((change, change2),) = self._linears((module,), exact, other)
-        self.streams.exact = _bf16(self.streams.exact + change)
-        self.streams.other = _bf16(self.streams.other + change2)
+        self.streams.exact = bf16(self.streams.exact + change)
+        self.streams.other = bf16(self.streams.other + change2)
 
     def _linears(
         self, modules: Sequence[str], exact: Tensor, other: Tensor
@@ -164,7 +159,7 @@ class _Layer:
         streams = self.streams
         names = [self.prefix + module for module in modules]
         matrices = [self.weights[f"{name}.weight"] for name in names]
-        other = _rounded(other, streams.activation)
+        other = round_activations(other, streams.activation)
         chosen = self.choose(names, torch.cat(matrices), _moments(streams, other, exact))
         outputs = []
         for name, matrix, part in zip(
@@ -173,49 +168,16 @@ class _Layer:
             wanted, found = exact @ matrix.T, other @ part.T
             streams.errors[name] = _relative_error(streams, wanted, found)
             bias = self.weights.get(f"{name}.bias", torch.zeros(()))
-            outputs.append((_bf16(wanted + bias), _bf16(found + bias)))
+            outputs.append((bf16(wanted + bias), bf16(found + bias)))
         return outputs
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1, self.config.head_dim)
-
-    def _rotated(self, x: Tensor, name: str) -> Tensor:
-        heads = self._heads(x)
-        norm = self.weights.get(f"{self.prefix}self_attn.{name}_norm.weight")
-        if norm is not None:
-            heads = _norm(heads, norm, self.config.norm_eps)
-        first, second = heads.chunk(2, -1)
-        cos, sin = self.streams.cos[:, None], self.streams.sin[:, None]
-        return _bf16(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
-
-    def _attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, own: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """Causal attention, [T, heads * D]; `own` K and V stand in for a row's own position."""
-        repeats = self.config.num_heads // self.config.num_kv_heads
-        out = torch.empty_like(query)
-        for rows in self.streams.text.spans():
-            q, k, v = (x[rows].transpose(0, 1) for x in (query, keys, values))  # [heads, t, D]
-            k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
-            if own is None:
-                result = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            else:
-                own_k, own_v = (x[rows].transpose(0, 1).repeat_interleave(repeats, 0) for x in own)
-                result = _attend_own(q, k, v, own_k, own_v)
-            out[rows] = result.transpose(0, 1)
-        return _bf16(out.flatten(1))
-
-
-def _attend_own(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
-    """Attention of [heads, t, D] to earlier K and V, and to a row's own at its own position."""
-    scores = (q @ k.transpose(1, 2)) / math.sqrt(q.shape[-1])
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu()
-    scores.masked_fill_(hidden, -torch.inf)
-    scores.diagonal(dim1=1, dim2=2).copy_((q * own_k).sum(-1) / math.sqrt(q.shape[-1]))
-    weights = scores.softmax(-1)
-    on_own = weights.diagonal(dim1=1, dim2=2).clone()
-    weights.diagonal(dim1=1, dim2=2).zero_()
-    return weights @ v + on_own[..., None] * own_v
+    def _query_key_value(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rotation = self.streams.cos, self.streams.sin
+        q, k = (
+            rotated(x, norm_of(self.weights, self.prefix, name), rotation, self.config)
+            for x, name in ((q, "q"), (k, "k"))
+        )
+        return q, k, heads(v, self.config)
 
 
 def _moments(streams: Streams, other: Tensor, exact: Tensor) -> Moments:
@@ -227,19 +189,3 @@ def _relative_error(streams: Streams, wanted: Tensor, found: Tensor) -> float:
     rows = slice(streams.text.num_fitted, None)
     error = (found[rows] - wanted[rows]).square().sum()
     return float(error / wanted[rows].square().sum())
-
-
-def _rounded(x: Tensor, activation: Activation) -> Tensor:
-    return round_activations(x, activation)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _bf16(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight)
-
-
-def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return _bf16(functional.silu(gate) * up)
-
-
-def _bf16(x: Tensor) -> Tensor:
-    return x.to(torch.bfloat16).float()
