@@ -95,10 +95,11 @@ class LLM:
         model: a directory of Hugging Face safetensors, a nested checkpoint, a .gguf file, a hub id,
             or an alias ("smollm2").
         target: what the output equals: "int4", "int8", "bf16", or "auto" for the checkpoint's own.
-        draft: activations of the draft view, "a8", "a4" or "a16".
+        draft: activations of the draft view, "a8", "a4" or "a16"; None takes those of the
+            checkpoint's plan, or "a8".
         gamma: tokens to draft in each cycle; 0 decodes plainly; "auto" takes whatever pays best at
-            the moment, by step costs that are measured once and kept; None takes the target's
-            default.
+            the moment, by step costs that are measured once and kept; None takes the plan's, or
+            the target's default.
         group: weights that share one scale (32, 64 or 128), where the checkpoint does not say.
         lora: directory of a LoRA adapter in PEFT's format, merged into the weights; it acts in both
             views.
@@ -122,7 +123,7 @@ class LLM:
         model: str | Path,
         *,
         target: str = "auto",
-        draft: str = "a8",
+        draft: str | None = None,
         gamma: Gamma | None = None,
         group: int = DEFAULT_GROUP,
         lora: str | Path | None = None,
@@ -143,12 +144,13 @@ class LLM:
         if self.lora is not None:
             checkpoint = merge(checkpoint, self.lora)
         self.model_config = read_config(checkpoint)
+        plan = getattr(checkpoint, "plan", {})
         if kv_cache_bytes is not None:
             max_tokens_in_kv = kv_cache_bytes // kv_bytes_per_token(self.model_config, KV_DTYPE)
         self.config = EngineConfig(
             target=resolve_target(target, checkpoint),
-            draft=parse_choice(Activation, draft, "draft"),
-            gamma=gamma,
+            draft=parse_choice(Activation, draft or plan.get("draft", "a8"), "draft"),
+            gamma=plan.get("gamma") if gamma is None else gamma,
             group=group,
             max_batch=max_batch,
             max_tokens_in_kv=max_tokens_in_kv,
@@ -211,6 +213,7 @@ class LLM:
             "machine": f"{platform.node()} {_cpu_name()}",
             "model": repr(self.model_config),
             "bytes": self.decoder.nbytes(),
+            "drafted": self.decoder.draft_bytes,
             "target": config.target,
             "draft": config.draft,
             "group": config.group,

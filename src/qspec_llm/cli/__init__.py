@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     _add_quantize(commands)
+    _add_plan(commands)
     _add_eval(commands)
     _add_bench(commands)
     _add_serve(commands)
@@ -161,7 +162,24 @@ def _add_quantize(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument(
         "--lora", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="(default: torch's choice)")
+    parser.add_argument(
+        "--draft-bits",
+        default="auto",
+        choices=("auto", "4", "8"),
+        help="what a draft reads of 8-bit tensors; auto measures this machine and plans it, with "
+        "activations and gamma (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: the physical cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    text = "choose again what the draft of a nested checkpoint reads, by this machine's speed"
+    parser = _command(commands, "plan", text)
+    parser.add_argument("model", metavar="DIR", help="a directory that `qspec quantize` wrote")
+    parser.add_argument("--calibration", default="builtin", metavar="FILE")
+    parser.add_argument("--calibration-tokens", type=int, default=16384, metavar="N")
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: the physical cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -382,9 +400,8 @@ def _add_model_options(parser: argparse.ArgumentParser, gamma: str | int | None 
     )
     parser.add_argument(
         "--draft",
-        default="a8",
         choices=("a8", "a4", "a16"),
-        help="activations of the draft view (default: %(default)s)",
+        help="activations of the draft view (default: a8, or what the checkpoint's plan says)",
     )
     parser.add_argument(
         "--gamma",
@@ -392,7 +409,7 @@ def _add_model_options(parser: argparse.ArgumentParser, gamma: str | int | None 
         default=gamma,
         metavar="N",
         help="tokens drafted in each cycle, 0 to decode plainly, auto for whatever pays best "
-        f"at the moment (default: {gamma or '2 for bf16, else 0'})",
+        f"at the moment (default: {gamma or 'of the plan, or 2 for bf16, else 0'})",
     )
     _add_machine_options(parser)
     parser.add_argument(

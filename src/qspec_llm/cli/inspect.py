@@ -51,9 +51,14 @@ def run(args: argparse.Namespace) -> None:
             for name, stored in bar.track(tensors, total=total, description="nesting weights")
         ]
     if args.json:
-        print(json.dumps(_report(args.model, config, engine, rows)))
+        print(json.dumps(_report(args.model, checkpoint, config, engine, rows)))
     else:
         _show(config, engine, rows if args.all else list(_fold(rows)), rows)
+        for name in ("made", "plan"):
+            if record := getattr(checkpoint, name, {}):
+                print(
+                    f"{name}:", ", ".join(f"{key} {_short(value)}" for key, value in record.items())
+                )
 
 
 def _row(checkpoint: Checkpoint, name: str, stored: Stored) -> _Row:
@@ -77,6 +82,10 @@ def _row(checkpoint: Checkpoint, name: str, stored: Stored) -> _Row:
     return _Row(name, shape, in_file, "dense", None, bits, bits, nbytes, nbytes, stored.reason)
 
 
+def _short(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def _fold(rows: list[_Row]) -> Iterator[_Row]:
     """One line for the tensors that every layer stores alike."""
     groups: dict[tuple[Any, ...], list[_Row]] = {}
@@ -94,12 +103,14 @@ def _fold(rows: list[_Row]) -> Iterator[_Row]:
 
 
 def _report(
-    model: str, config: ModelConfig, engine: EngineConfig, rows: list[_Row]
+    model: str, checkpoint: Checkpoint, config: ModelConfig, engine: EngineConfig, rows: list[_Row]
 ) -> dict[str, Any]:
     return {
         "model": model,
         "target": engine.target.value,
         "architecture": config.to_dict(),
+        "made": dict(getattr(checkpoint, "made", {})),
+        "plan": dict(getattr(checkpoint, "plan", {})),
         "tensors": [asdict(row) for row in rows],
         "bytes": {
             "weights": sum(row.nbytes for row in rows),

@@ -19,11 +19,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from qspec_llm.cli.plan import sentence
 from qspec_llm.config import parse_choice, resolve_target
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
 from qspec_llm.quantize.driver import Options, Report, quantize
 from qspec_llm.quantize.matrices import Method
+from qspec_llm.quantize.plan import Plan, make_plan, set_draft_bits
 from qspec_llm.quantize.text import encode, read_samples
 from qspec_llm.tokenizer import HFTokenizer
 from qspec_llm.weights.checkpoint import open_checkpoint
@@ -61,10 +63,17 @@ def run(args: argparse.Namespace) -> None:
             write_more=tokenizer.save,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    if args.json:
-        print(json.dumps(_values(args, options, report)))
+    plan = None
+    if args.draft_bits == "auto":
+        plan = make_plan(Path(args.output), text, threads=args.threads)
     else:
-        _show(args, options, report)
+        set_draft_bits(Path(args.output), int(args.draft_bits))
+    if args.json:
+        print(json.dumps(_values(args, options, report, plan)))
+        return
+    _show(args, options, report)
+    if plan is not None:
+        print(sentence(plan))
 
 
 def _bar() -> Progress:
@@ -81,12 +90,15 @@ def _bar() -> Progress:
     )
 
 
-def _values(args: argparse.Namespace, options: Options, report: Report) -> dict[str, Any]:
+def _values(
+    args: argparse.Namespace, options: Options, report: Report, plan: Plan | None
+) -> dict[str, Any]:
     return {
         "model": args.model,
         "output": args.output,
         **asdict(options),
         "agreement": report.agreement,
+        "plan": None if plan is None else asdict(plan),
         "bytes": {"weights": report.stored_bytes, "read_by_draft": report.draft_bytes},
         "layers": [asdict(layer) for layer in report.layers],
     }

@@ -34,6 +34,7 @@ class Decoder:
     cos: Tensor
     sin: Tensor
     stored_bytes: int  # of the model's tensors, each counted once as it was read
+    draft_bytes: int = 0  # of those, what the draft view can read
 
     def forward(
         self,

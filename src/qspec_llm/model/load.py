@@ -152,9 +152,8 @@ def load_decoder(
     factors = reader.vector(ROPE_FACTORS).float() if reader.has_rest() else None
     cos, sin = rope_table(config, num_positions, None if factors is None else factors.cpu())
     table = (cos.to(ops.device), sin.to(ops.device))
-    return Decoder(
-        config, ops, dtype, embedding, layers, final_norm, head, *table, reader.num_bytes
-    )
+    counts = reader.num_bytes, reader.num_draft_bytes
+    return Decoder(config, ops, dtype, embedding, layers, final_norm, head, *table, *counts)
 
 
 class _Reader:
@@ -169,7 +168,7 @@ class _Reader:
     ) -> None:
         self._tensors, self._ops, self._progress = tensors, ops, progress
         self._waiting: dict[str, Stored] = {}
-        self.num_bytes = 0
+        self.num_bytes = self.num_draft_bytes = 0
         self._num_read, self._num_all = 0, len(expected_shapes(config))
         self._family = config.family
 
@@ -177,9 +176,8 @@ class _Reader:
         """The tensor of that name; reads on until it comes."""
         while name not in self._waiting:
             found, stored = next(self._tensors)
-            self._waiting[found] = stored
+            self._keep(found, stored)
             self._num_read += 1
-            self.num_bytes += stored.nbytes
             if self._progress:
                 self._progress(self._num_read, self._num_all)
         return self._waiting.pop(name)
@@ -187,9 +185,13 @@ class _Reader:
     def has_rest(self) -> bool:
         """Whether a tensor is left (the optional RoPE factors come last)."""
         for found, stored in self._tensors:
-            self._waiting[found] = stored
-            self.num_bytes += stored.nbytes
+            self._keep(found, stored)
         return bool(self._waiting)
+
+    def _keep(self, name: str, stored: Stored) -> None:
+        self._waiting[name] = stored
+        self.num_bytes += stored.nbytes
+        self.num_draft_bytes += stored.draft_nbytes
 
     def vector(self, name: str) -> Tensor:
         stored = self.take(name)

@@ -1,7 +1,8 @@
 """The nested checkpoint on disk: planes and scales in safetensors, described by one JSON index.
 
     DIR/qspec.json               {"format": 1, "target", "model", "tensors": {name: record}}, and
-                                 "made", how its codes were chosen, where `qspec quantize` wrote it
+                                 "made" and "plan", how its codes were chosen and which of them a
+                                 draft reads, where `qspec quantize` wrote it
     DIR/qspec-00001.safetensors  tensors "NAME#q4", "NAME#r4", "NAME#r8", "NAME#scale",
                                  "NAME#offset", or "NAME" for a dense one; at most SHARD_BYTES
 
@@ -193,6 +194,7 @@ class NestedCheckpoint:
             self.target = Target(index["target"])
             self.metadata: Metadata = dict(index["model"])
             self.made: Metadata = dict(index.get("made", {}))
+            self.plan: Metadata = dict(index.get("plan", {}))
             self._records = {
                 name: self._parse(name, record) for name, record in index["tensors"].items()
             }

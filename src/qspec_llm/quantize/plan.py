@@ -1,0 +1,243 @@
+"""Which planes and activations a draft should read: what promises the most tokens a second.
+
+Three things are measured. One pass over text says what each linear's rounding adds to the draft's
+divergence from its target (`sensitivity`). The engine's step costs say what a draft costs that
+reads as little as it can, and one that reads r4 wherever it is stored; between them a plan is
+charged by its bytes. The same text, read by both, gives agreement at two divergences, and the curve
+through them gives that of any plan. The plan and what it promises are written into the checkpoint's
+index, since which planes a draft reads does not change their bytes.
+"""
+
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qspec_llm.engine.costs import StepCosts
+from qspec_llm.engine.gamma import TOP_GAMMA, expected_tokens
+from qspec_llm.errors import QSpecError
+from qspec_llm.eval.forced import Script, read_along, runner_for
+from qspec_llm.llm import LLM
+from qspec_llm.model.config import read_config
+from qspec_llm.quantize.sensitivity import Unit, measure
+from qspec_llm.quantize.text import CalibrationText
+from qspec_llm.weights.checkpoint.safetensors_dir import read_json
+from qspec_llm.weights.store import INDEX_NAME, NestedCheckpoint
+from qspec_llm.weights.view import Activation
+
+__all__ = ["Plan", "choose", "expected_speedup", "make_plan", "set_draft_bits"]
+
+KEYS = 256  # that a step's rows see where plans are compared
+PLAN_TOKENS = 2048  # of text that plans are judged by
+LEAST_GAIN = 1.01  # of one plan over a smaller one: less is within the noise
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a draft reads, and what that promises for one request on this machine.
+
+    Attributes:
+        draft: activations.
+        eight_bits: tensors that are drafted at 8 bits.
+        gamma: tokens to draft in each cycle, 0 where drafting does not pay.
+        agreement: expected share of drafts that are accepted.
+        speedup: expected tokens a second over plain decoding's.
+    """
+
+    draft: Activation
+    eight_bits: tuple[str, ...]
+    gamma: int
+    agreement: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A draft with all units at one width: what its steps cost, and how often it agrees."""
+
+    costs: StepCosts
+    agreement: float
+
+
+def make_plan(path: Path, text: CalibrationText, *, threads: int | None = None) -> Plan:
+    """Measure a nested checkpoint, choose its plan, and write that into its index.
+
+    Args:
+        path: a nested checkpoint.
+        text: calibration text; the beginning is read, and the held-out rest gives agreement.
+        threads: of the kernels.
+    """
+    checkpoint = NestedCheckpoint(path)
+    units = measure(checkpoint, read_config(checkpoint), checkpoint.target, _first(text))
+    open_names = [name for unit in units if unit.more_bytes for name in unit.names]
+    scripts = _held_out(text)
+    measured: dict[tuple[int, Activation], _Measured] = {}
+    for bits in (4, 8) if open_names else (4,):
+        with _variant(path, dict.fromkeys(open_names, bits)) as variant:
+            for activation in (Activation.A8, Activation.A16):
+                llm = LLM(variant, draft=activation.value, gamma=0, max_batch=1, threads=threads)
+                measured[bits, activation] = _Measured(llm.step_costs(), _agreement(llm, scripts))
+    plan = choose(units, measured)
+    index = _index(path)
+    _set_bits(index, {name: 8 if name in plan.eight_bits else 4 for name in open_names})
+    record = {**asdict(plan), "eight_bits": len(plan.eight_bits)}
+    _write(path / INDEX_NAME, {**index, "plan": record})
+    return plan
+
+
+def set_draft_bits(path: Path, bits: int) -> None:
+    """Let every 8-bit tensor of a nested checkpoint be drafted at 4 or 8 bits; drops its plan."""
+    index = _index(path)
+    eight = [name for name, record in index["tensors"].items() if record.get("bits") == 8]
+    _set_bits(index, dict.fromkeys(eight, bits))
+    index.pop("plan", None)
+    _write(path / INDEX_NAME, index)
+
+
+def choose(units: Sequence[Unit], measured: Mapping[tuple[int, Activation], _Measured]) -> Plan:
+    """The best of all plans that take units in the order of what a byte of them buys."""
+    plans = [plan for a in (Activation.A8, Activation.A16) for plan in _plans(units, measured, a)]
+    best = plans[0]
+    for plan in plans[1:]:
+        if plan.speedup > LEAST_GAIN * best.speedup:
+            best = plan
+    return best
+
+
+def _plans(
+    units: Sequence[Unit],
+    measured: Mapping[tuple[int, Activation], _Measured],
+    activation: Activation,
+) -> Iterator[Plan]:
+    """Plans of growing size for one kind of activations."""
+    low = measured[4, activation]
+    divergence = sum(unit.divergence[4, activation] for unit in units)
+    yield _plan(activation, (), low.costs, low.agreement)
+    if (8, activation) not in measured:
+        return
+    high = measured[8, activation]
+    open_units = sorted(
+        (unit for unit in units if unit.more_bytes),
+        key=lambda unit: _gain(unit, activation) / unit.more_bytes,
+        reverse=True,
+    )
+    least = divergence - sum(_gain(unit, activation) for unit in open_units)
+    all_bytes = sum(unit.more_bytes for unit in open_units)
+    taken: list[str] = []
+    num_bytes, left = 0, divergence
+    for unit in open_units:
+        taken += unit.names
+        num_bytes += unit.more_bytes
+        left -= _gain(unit, activation)
+        agreement = _between((divergence, low.agreement), (least, high.agreement), max(left, least))
+        costs = _mixed(low.costs, high.costs, num_bytes / all_bytes)
+        yield _plan(activation, tuple(taken), costs, agreement)
+
+
+def _gain(unit: Unit, activation: Activation) -> float:
+    return unit.divergence[4, activation] - unit.divergence[8, activation]
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], divergence: float) -> float:
+    """Agreement at a divergence: disagreement grows with its root, through two measured points."""
+    (most, worst), (least, best) = low, high
+    if most <= least:
+        return best
+    part = (math.sqrt(most) - math.sqrt(divergence)) / (math.sqrt(most) - math.sqrt(least))
+    return worst + part * (best - worst)
+
+
+def _mixed(low: StepCosts, high: StepCosts, share: float) -> StepCosts:
+    """Costs of a draft that reads `share` of what `high` reads more; verify steps are the same."""
+    draft = tuple(a + share * (b - a) for a, b in zip(low.draft, high.draft, strict=True))
+    return StepCosts(**{**asdict(low), "draft": draft})
+
+
+def _plan(
+    activation: Activation, names: tuple[str, ...], costs: StepCosts, agreement: float
+) -> Plan:
+    gamma = max(range(TOP_GAMMA + 1), key=lambda gamma: expected_speedup(costs, agreement, gamma))
+    speedup = expected_speedup(costs, agreement, gamma)
+    return Plan(activation, names, gamma, agreement, speedup)
+
+
+def expected_speedup(costs: StepCosts, agreement: float, gamma: int) -> float:
+    """Tokens a second of one request with gamma drafts a cycle, over those without."""
+    plain = costs.verify_step(1, 1, KEYS)
+    drafts = gamma * costs.draft_step(1, KEYS) if gamma else 0.0
+    cycle = drafts + costs.verify_step(1, gamma + 1, KEYS * (gamma + 1))
+    return expected_tokens(agreement, gamma) * plain / cycle
+
+
+def _first(text: CalibrationText) -> CalibrationText:
+    """The first sequences, up to `PLAN_TOKENS` tokens or one sequence."""
+    count = max(1, sum(bound <= PLAN_TOKENS for bound in text.bounds[1:]))
+    stop = text.bounds[count]
+    return CalibrationText(
+        text.tokens[:stop],
+        text.positions[:stop],
+        text.bounds[: count + 1],
+        stop,
+        text.is_answer[:stop],
+    )
+
+
+def _held_out(text: CalibrationText) -> list[Script]:
+    """Answers that were not fitted."""
+    scripts = []
+    for rows in text.spans():
+        if rows.start >= text.num_fitted:
+            given = int((~text.is_answer[rows]).sum()) + 1
+            tokens = tuple(text.tokens[rows].tolist())
+            scripts.append(Script(tokens[:given], tokens[given:]))
+    return scripts
+
+
+def _agreement(llm: LLM, scripts: Sequence[Script]) -> float:
+    """Share of positions where the draft view picks the verify view's token."""
+    runners = {"verify": runner_for(llm.decoder, scripts, 16)}
+    drafts = {"draft": llm.config.draft_view}
+    hits = total = 0
+    for step in read_along(runners, scripts, llm.tokenizer, drafts=drafts, max_batch=16):
+        chosen, wanted = (step.logits[name].argmax(-1) for name in ("draft", "verify"))
+        hits += int((chosen == wanted).sum())
+        total += len(wanted)
+    return hits / max(total, 1)
+
+
+@contextlib.contextmanager
+def _variant(path: Path, bits: Mapping[str, int]) -> Iterator[Path]:
+    """A directory with the same files and another index, for as long as it is measured."""
+    with tempfile.TemporaryDirectory(prefix="qspec-plan-") as name:
+        variant = Path(name)
+        for file in path.iterdir():
+            if file.name != INDEX_NAME:
+                (variant / file.name).symlink_to(file.resolve())
+        index = _index(path)
+        _set_bits(index, bits)
+        _write(variant / INDEX_NAME, index)
+        yield variant
+
+
+def _index(path: Path) -> dict[str, Any]:
+    index: dict[str, Any] = read_json(path / INDEX_NAME)
+    return index
+
+
+def _set_bits(index: dict[str, Any], bits: Mapping[str, int]) -> None:
+    for name, number in bits.items():
+        index["tensors"][name]["draft_bits"] = number
+
+
+def _write(file: Path, index: Mapping[str, Any]) -> None:
+    """Replace an index in one go."""
+    new = file.with_suffix(".new")
+    try:
+        new.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        raise QSpecError(f"{file} cannot be written: {error.strerror}") from None
