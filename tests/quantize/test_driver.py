@@ -97,10 +97,10 @@ def test_methods_lower_the_error(
     model: Path, tmp_path: Path, text: CalibrationText, target: str
 ) -> None:
     totals = {}
-    for method in ("rtn", "mse", "gptq"):
+    for method in ("rtn", "mse", "awq", "gptq"):
         report = run(model, tmp_path / method, text, options(target, method))
         totals[method] = sum(sum(layer.errors.values()) for layer in report.layers)
-    assert totals["gptq"] < totals["mse"] < totals["rtn"]
+    assert totals["gptq"] < totals["awq"] < totals["mse"] < totals["rtn"]
 
 
 def stream_logits(
@@ -163,6 +163,33 @@ def test_the_stream_of_a_nested_target_is_its_draft(
             assert (ours - logits).norm() < 0.03 * logits.norm()  # bf16 roundings that differ
             assert torch.cosine_similarity(ours, step.logits["verify"][0], dim=0) < 1
     assert compared == text.num_tokens - len(scripts)
+
+
+def test_scales_are_folded_into_what_comes_before(
+    model: Path, tmp_path: Path, text: CalibrationText
+) -> None:
+    """The scaled checkpoint computes what the quantised stream saw while it was made."""
+    report = run(model, tmp_path / "q", text, options("int4", "awq"))
+    original, nested = open_checkpoint(model), open_checkpoint(tmp_path / "q")
+    name = "model.layers.0.input_layernorm.weight"
+    changed = nested.read(name, Target.INT4).weight.float()
+    assert not torch.allclose(changed, original.read(name, Target.BF16).float())
+    decoder = decoder_of(tmp_path / "q", Target.INT4)
+    exact = decoder_of_bf16(model)
+    span = text.spans()[-1]  # held out
+    tokens = text.tokens[span].tolist()
+    script = Script((tokens[0],), tuple(tokens[1:]))
+    runners = {name: runner_for(d, [script], 1) for name, d in (("q", decoder), ("e", exact))}
+    wrong = [
+        (step.logits["q"] - step.logits["e"]).norm() / step.logits["e"].norm()
+        for step in read_along(runners, [script], ByteTokenizer())
+    ]
+    assert torch.stack(wrong).mean() < 0.5
+    assert report.layers[-2].errors["model.layers.1.mlp.down_proj"] < 0.2
+
+
+def decoder_of_bf16(path: Path) -> Decoder:
+    return decoder_of(path, Target.BF16)
 
 
 def test_the_stream_of_int4_is_the_target_itself(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.model.config import ModelConfig, read_config
 from qspec_llm.model.decoder import rope_table
 from qspec_llm.model.load import EMBEDDING, FINAL_NORM, HEAD, ROPE_FACTORS, expected_shapes
-from qspec_llm.quantize.matrices import Method, store_matrices
+from qspec_llm.quantize.matrices import Method, input_scales, store_matrices
 from qspec_llm.quantize.streams import Streams, advance, measure_head, start
 from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.quantize.unfinished import Unfinished
@@ -25,6 +25,13 @@ from qspec_llm.weights.view import Activation
 __all__ = ["LayerReport", "Options", "Report", "quantize"]
 
 Progress = Callable[[int, int], None]  # parts done, parts in all
+
+# module -> the tensor of its layer that makes its inputs, and can take their inverse scales
+BEFORE = {
+    "self_attn.q_proj": "input_layernorm.weight",
+    "mlp.gate_proj": "post_attention_layernorm.weight",
+    "mlp.down_proj": "mlp.up_proj.weight",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +228,25 @@ class _Run:
     def _chooser(
         self, weights: dict[str, Tensor], stored: dict[str, Stored]
     ) -> Callable[[Sequence[str], Tensor, Moments], Tensor]:
+        method, recipe = self._options.method, self._recipe
+
         def choose(names: Sequence[str], weight: Tensor, moments: Moments) -> Tensor:
             sizes = [len(weights[f"{name}.weight"]) for name in names]
-            method, recipe = self._options.method, self._recipe
-            parts = store_matrices(weight, sizes, moments, method, recipe)
+            before = _before(names[0])
+            scale = None
+            if before is not None:
+                must_be_exact = before.endswith("up_proj.weight")
+                scale = input_scales(weight, moments, method, recipe, is_power_of_two=must_be_exact)
+            if before is None or scale is None:
+                parts = store_matrices(weight, sizes, moments, method, recipe)
+                seen = [self._seen(part) for part in parts]
+            else:
+                wide, inputs = weight * scale, moments.divided(scale)
+                parts = store_matrices(wide, sizes, inputs, method, recipe)
+                seen = [self._seen(part) / scale for part in parts]
+                stored[before] = _divided(stored[before], scale)
             stored.update({f"{name}.weight": p for name, p in zip(names, parts, strict=True)})
-            return torch.cat([self._seen(part) for part in parts])
+            return torch.cat(seen)
 
         return choose
 
@@ -274,3 +294,22 @@ class _Run:
         if isinstance(value, Dense):
             return value.weight.float()
         return value.float() if value.ndim == 1 else value.to(torch.bfloat16).float()
+
+
+def _before(module: str) -> str | None:
+    """The tensor into which the inverse of a module's column scales can go.
+
+    The heads of v are shared by several of o_proj's, so that o_proj is left alone.
+    """
+    for name, before in BEFORE.items():
+        if module.endswith(name):
+            return module.removesuffix(name) + before
+    return None
+
+
+def _divided(stored: Stored, scale: Tensor) -> Stored:
+    """A vector, or the rows of a matrix (by powers of two: exactly), divided by `scale`."""
+    if isinstance(stored, Dense):
+        weight = stored.weight.float()
+        return Dense(weight / (scale if weight.ndim == 1 else scale[:, None]), stored.reason)
+    return replace(stored, scale=(stored.scale.float() / scale[:, None]).to(stored.scale.dtype))

@@ -11,6 +11,7 @@ from qspec_llm.weights.methods import (
     Moments,
     compensated,
     fit_levels,
+    input_scale,
     refit_scale,
     search_scale,
     symmetric_range,
@@ -19,7 +20,7 @@ from qspec_llm.weights.methods import (
 from qspec_llm.weights.planes import GROUPS, Stored
 from qspec_llm.weights.quantize import Choice, Recipe, Target, nest
 
-__all__ = ["Method", "store_matrices"]
+__all__ = ["Method", "input_scales", "store_matrices"]
 
 # On SmolLM2 with 14,000 tokens of calibration text; less of either fits that text too closely.
 DAMPING, COMPENSATION = 0.1, 0.5
@@ -29,8 +30,9 @@ class Method(StrEnum):
     """How scales and 4-bit codes are chosen.
 
     RTN rounds to nearest; MSE searches the clipping that makes the squared error of the weights
-    least; AWQ the one that makes it least with the inputs' mean squares as weights; GPTQ takes
-    AWQ's scales, rounds columns in turn, each making up for those before, and fits the scales anew.
+    least; AWQ the one that makes it least with the inputs' mean squares as weights, and under
+    `int4` scales columns before (`input_scales`); GPTQ takes AWQ's clipping, rounds columns in
+    turn, each making up for those before, and fits the scales anew.
     """
 
     RTN = "rtn"
@@ -61,13 +63,31 @@ def store_matrices(
     return stored
 
 
+def input_scales(
+    weight: Tensor, moments: Moments, method: Method, recipe: Recipe, *, is_power_of_two: bool
+) -> Tensor | None:
+    """What to multiply columns by before `store_matrices`, [K]; None where the method does not.
+
+    The outputs of a nested target's verify view must not change, so only `int4` is scaled.
+    """
+    group = _group(weight, recipe)
+    if method is not Method.AWQ or recipe.target is not Target.INT4 or group is None:
+        return None
+    return input_scale(weight, group, symmetric_range(), moments, is_power_of_two=is_power_of_two)
+
+
+def _group(weight: Tensor, recipe: Recipe) -> int | None:
+    """The group size that the format will take."""
+    return max((g for g in GROUPS if g <= recipe.group and weight.shape[1] % g == 0), default=None)
+
+
 def _choose(weight: Tensor, moments: Moments, method: Method, recipe: Recipe) -> Choice | None:
-    groups = [g for g in GROUPS if g <= recipe.group and weight.shape[1] % g == 0]
-    if method in (Method.RTN, Method.MSE) or not groups or recipe.target is Target.INT8:
+    group = _group(weight, recipe)
+    if method in (Method.RTN, Method.MSE) or group is None or recipe.target is Target.INT8:
         return None
     is_signed = recipe.target is Target.BF16
     levels = toward_zero_range(weight) if is_signed else symmetric_range()
-    scale = search_scale(weight, groups[-1], levels, moments.second.diagonal())
+    scale = search_scale(weight, group, levels, moments.second.diagonal())
     if method is Method.AWQ:
         return Choice(scale, _nearest(weight, scale, levels))
     wanted, curvature = compensated(weight, moments, COMPENSATION, DAMPING), moments.damped(DAMPING)

@@ -6,6 +6,7 @@ What the levels mean is `qspec_llm.weights.planes`, how they become planes
 `qspec_llm.weights.quantize`.
 """
 
+from qspec_llm.weights.methods.awq import input_scale
 from qspec_llm.weights.methods.clip import search_scale
 from qspec_llm.weights.methods.gptq import fit_levels, improve_levels, refit_scale
 from qspec_llm.weights.methods.levels import LevelRange, symmetric_range, toward_zero_range
@@ -17,6 +18,7 @@ __all__ = [
     "compensated",
     "fit_levels",
     "improve_levels",
+    "input_scale",
     "refit_scale",
     "search_scale",
     "symmetric_range",

@@ -37,6 +37,11 @@ class Moments:
         shift = None if exact is None else (exact - inputs).T @ inputs / len(inputs)
         return cls(second, shift)
 
+    def divided(self, scale: Tensor) -> "Moments":
+        """Moments of the inputs divided by `scale`, [K]."""
+        by = scale[:, None] * scale
+        return Moments(self.second / by, None if self.shift is None else self.shift / by)
+
     def damped(self, fraction: float) -> Tensor:
         """The second moment with `fraction` of its mean diagonal added to the diagonal.
 
