@@ -15,7 +15,7 @@ from qspec_llm.engine.corrections import Corrections, draft_shape, verify_shape
 from qspec_llm.engine.costs import StepCosts
 from qspec_llm.engine.request import Request
 
-__all__ = ["Acceptance", "GammaChooser", "expected_tokens"]
+__all__ = ["TOP_GAMMA", "Acceptance", "GammaChooser", "expected_tokens"]
 
 TOP_GAMMA = 8
 LEAST_GAIN = 1.03  # of expected speed over plain decoding: less is within the noise

@@ -18,7 +18,7 @@ from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.quantize.unfinished import Unfinished
 from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.methods import Moments
-from qspec_llm.weights.planes import Dense, Planes, Stored, draft_weight, verify_weight
+from qspec_llm.weights.planes import GROUPS, Dense, Planes, Stored, draft_weight, verify_weight
 from qspec_llm.weights.quantize import Recipe, Target, nest
 from qspec_llm.weights.view import Activation
 
@@ -51,6 +51,8 @@ class Options:
     draft: Activation = Activation.A8
 
     def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise QSpecError(f"group is {self.group}; it must be one of {GROUPS}")
         if self.target is Target.INT8 and self.method in (Method.AWQ, Method.GPTQ):
             raise QSpecError(
                 f"method {self.method.value!r} has nothing to choose for target 'int8', whose "

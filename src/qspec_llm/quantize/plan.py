@@ -71,6 +71,8 @@ def make_plan(path: Path, text: CalibrationText, *, threads: int | None = None) 
         text: calibration text; the beginning is read, and the held-out rest gives agreement.
         threads: of the kernels.
     """
+    if not (path / INDEX_NAME).exists():
+        raise QSpecError(f"{path} is no nested checkpoint; `qspec quantize` writes one")
     checkpoint = NestedCheckpoint(path)
     units = measure(checkpoint, read_config(checkpoint), checkpoint.target, _first(text))
     open_names = [name for unit in units if unit.more_bytes for name in unit.names]

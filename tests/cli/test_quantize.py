@@ -1,0 +1,115 @@
+"""`qspec quantize` and `qspec plan`, as a user runs them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qspec_llm.cli import main
+from qspec_llm.engine.costs import StepCosts
+from qspec_llm.llm import LLM
+
+CHEAP_DRAFT = StepCosts((1,), (0, 4), (0.1,), ((1.0, 1.1),), 0.0, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans come out the same on every machine."""
+    monkeypatch.setattr(LLM, "step_costs", lambda _: CHEAP_DRAFT)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "c.jsonl"
+    lines = [
+        {"prompt": f"Count to {n}.", "answer": " ".join(map(str, range(n)))} for n in range(3, 14)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def quantize(model: Path, path: Path, text: str, capsys: Any, *more: str) -> dict[str, Any]:
+    args = ["quantize", str(model), "-o", str(path), "--calibration", text, "--json", *more]
+    assert main(args) == 0
+    value: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return value
+
+
+def generate(model: Path, capsys: Any, *more: str) -> dict[str, Any]:
+    assert (
+        main(["generate", str(model), "--prompt", "Hello", "--max-tokens", "24", "--json", *more])
+        == 0
+    )
+    value: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return value
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_quantised_bf16_model_writes_the_original_text(model_dir, tmp_path, text, capsys, method):
+    report = quantize(
+        model_dir, tmp_path / "q", text, capsys, "--target", "bf16", "--method", method
+    )
+    assert report["method"] == method
+    assert {layer["name"] for layer in report["layers"]} == {"layer 0", "layer 1", "vocabulary"}
+    plain = generate(model_dir, capsys, "--target", "bf16", "--gamma", "0")
+    drafted = generate(tmp_path / "q", capsys)
+    assert drafted["gamma"] == report["plan"]["gamma"] > 0
+    assert drafted["draft"] == report["plan"]["draft"]
+    assert drafted["results"][0]["token_ids"] == plain["results"][0]["token_ids"]
+
+
+def test_the_table_and_the_plan_are_shown(model_dir, tmp_path, text, capsys):
+    path = str(tmp_path / "q")
+    args = ["quantize", str(model_dir), "-o", path, "--target", "int8", "--method", "rtn"]
+    assert main([*args, "--calibration", text]) == 0
+    out = capsys.readouterr().out
+    assert "down" in out
+    assert "of held-out answers" in out
+    assert "expected for one request here" in out
+    assert main(["inspect", path]) == 0
+    out = capsys.readouterr().out
+    assert "made: method rtn, group 32" in out
+    assert "plan: draft a16, eight_bits" in out  # bytes cost nothing here
+
+
+@pytest.mark.parametrize(("bits", "share"), [("4", 0.54), ("8", 1.0)])
+def test_draft_bits_are_what_was_asked(model_dir, tmp_path, text, capsys, bits, share):
+    quantize(model_dir, tmp_path / "q", text, capsys, "--target", "int8", "--method", "rtn",
+             "--draft-bits", bits)  # fmt: skip
+    assert main(["inspect", str(tmp_path / "q"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["plan"] == {}
+    assert report["bytes"]["read_by_draft"] / report["bytes"]["weights"] == pytest.approx(
+        share, abs=0.05
+    )
+
+
+def test_a_plan_can_be_made_again(model_dir, tmp_path, text, capsys):
+    quantize(model_dir, tmp_path / "q", text, capsys, "--target", "bf16", "--draft-bits", "4")
+    assert main(["plan", str(tmp_path / "q"), "--calibration", text, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "q" / "qspec.json").read_text())["plan"]["gamma"] == plan["gamma"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--target", "int8"], "method 'gptq' has nothing to choose for target 'int8'"),
+        (["--group", "48"], "group is 48; it must be one of (32, 64, 128)"),
+        (["--calibration", "nowhere.jsonl"], "the calibration text nowhere.jsonl cannot be read"),
+        (["--calibration-tokens", "5"], "gives 0 sequences within 5 tokens"),
+        (["--calibration-tokens", "0"], "calibration_tokens is 0; it must be at least 1"),
+    ],
+)
+def test_errors_are_one_sentence_and_leave_nothing(model_dir, tmp_path, capsys, more, message):
+    assert main(["quantize", str(model_dir), "-o", str(tmp_path / "q"), *more]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_needs_a_nested_checkpoint(model_dir, capsys):
+    assert main(["plan", str(model_dir)]) == 2
+    assert "is no nested checkpoint; `qspec quantize` writes one" in capsys.readouterr().err
