@@ -87,7 +87,10 @@ def test_draft_bits_are_what_was_asked(model_dir, tmp_path, text, capsys, bits, 
 
 def test_a_plan_can_be_made_again(model_dir, tmp_path, text, capsys):
     quantize(model_dir, tmp_path / "q", text, capsys, "--target", "bf16", "--draft-bits", "4")
-    assert main(["plan", str(tmp_path / "q"), "--calibration", text, "--json"]) == 0
+    pytest.importorskip("matplotlib")
+    args = ["--calibration", text, "--json", "--plot", str(tmp_path / "plots")]
+    assert main(["plan", str(tmp_path / "q"), *args]) == 0
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {"plan.png", "plan.svg"}
     plan = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "q" / "qspec.json").read_text())["plan"]["gamma"] == plan["gamma"]
 

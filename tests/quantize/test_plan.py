@@ -75,7 +75,7 @@ def test_the_expected_speed_up_is_tokens_over_seconds() -> None:
 
 def test_a_unit_that_matters_gets_eight_bits() -> None:
     units = [unit("much", 0.3, 0.0), unit("little", 0.001, 0.0), unit("none", 0.0, 0.0)]
-    plan = choose(units, measured(0.3, 0.6, 0.6, 0.95))
+    plan = choose(units, measured(0.3, 0.6, 0.6, 0.95)).plan
     assert plan.eight_bits == ("much",)
     assert plan.draft is A8
     assert plan.gamma > 0
@@ -84,18 +84,18 @@ def test_a_unit_that_matters_gets_eight_bits() -> None:
 
 def test_nothing_is_read_twice_for_little() -> None:
     units = [unit("a", 0.01, 0.009), unit("b", 0.01, 0.009)]
-    assert choose(units, measured(0.3, 0.9, 0.6, 0.91)).eight_bits == ()
+    assert choose(units, measured(0.3, 0.9, 0.6, 0.91)).plan.eight_bits == ()
 
 
 def test_bytes_count() -> None:
     units = [unit("large", 0.1, 0.0, more_bytes=10_000), unit("small", 0.1, 0.0, more_bytes=10)]
-    assert choose(units, measured(0.3, 0.7, 0.6, 0.9)).eight_bits == ("small",)
+    assert choose(units, measured(0.3, 0.7, 0.6, 0.9)).plan.eight_bits == ("small",)
 
 
 def test_drafts_that_do_not_pay_are_not_planned() -> None:
     plan = choose([four_bits_only("a", 1.0)], {
         (4, a): planning._Measured(costs(1.0), 0.5) for a in (A8, A16)
-    })  # fmt: skip
+    }).plan  # fmt: skip
     assert plan.gamma == 0
     assert plan.speedup == 1
 
@@ -103,9 +103,9 @@ def test_drafts_that_do_not_pay_are_not_planned() -> None:
 def test_dear_activations_pay_only_for_agreement() -> None:
     table = measured(0.3, 0.7, 0.6, 0.9)
     units = [four_bits_only("a", 1.0)]
-    assert choose(units, {key: table[key] for key in table if key[0] == 4}).draft is A8
+    assert choose(units, {key: table[key] for key in table if key[0] == 4}).plan.draft is A8
     table[4, A16] = planning._Measured(costs(0.31), 0.95)
-    assert choose(units, {key: table[key] for key in table if key[0] == 4}).draft is A16
+    assert choose(units, {key: table[key] for key in table if key[0] == 4}).plan.draft is A16
 
 
 def kl_of(path: Path, activation: Activation, scripts: list[Script]) -> float:
@@ -162,7 +162,7 @@ def test_a_plan_is_stored_and_used(
     path = nested(model, tmp_path / "q", text, target)
     before = json.loads((path / "qspec.json").read_text())
     monkeypatch.setattr(LLM, "step_costs", lambda self: costs(self.decoder.draft_bytes / 1e6))
-    plan = make_plan(path, text)
+    plan = make_plan(path, text).plan
     index = json.loads((path / "qspec.json").read_text())
     assert index["plan"]["gamma"] == plan.gamma
     assert index["plan"]["eight_bits"] == len(plan.eight_bits)

@@ -177,6 +177,7 @@ def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
     text = "choose again what the draft of a nested checkpoint reads, by this machine's speed"
     parser = _command(commands, "plan", text)
     parser.add_argument("model", metavar="DIR", help="a directory that `qspec quantize` wrote")
+    parser.add_argument("--plot", metavar="DIR", help="draw plan.png and plan.svg there")
     parser.add_argument("--calibration", default="builtin", metavar="FILE")
     parser.add_argument("--calibration-tokens", type=int, default=16384, metavar="N")
     parser.add_argument("--threads", type=int, metavar="N", help="(default: the physical cores)")

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         )
     plan = None
     if args.draft_bits == "auto":
-        plan = make_plan(Path(args.output), text, threads=args.threads)
+        plan = make_plan(Path(args.output), text, threads=args.threads).plan
     else:
         set_draft_bits(Path(args.output), int(args.draft_bits))
     if args.json:
@@ -98,7 +98,7 @@ def _values(
         "output": args.output,
         **asdict(options),
         "agreement": report.agreement,
-        "plan": None if plan is None else asdict(plan),
+        "plan": None if plan is None else plan.to_dict(),
         "bytes": {"weights": report.stored_bytes, "read_by_draft": report.draft_bytes},
         "layers": [asdict(layer) for layer in report.layers],
     }

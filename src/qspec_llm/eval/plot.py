@@ -6,7 +6,7 @@ from typing import Any
 
 from qspec_llm.errors import QSpecError
 
-__all__ = ["need_pyplot", "plot_acceptance", "plot_views"]
+__all__ = ["need_pyplot", "plot_acceptance", "plot_plan", "plot_views"]
 
 
 def need_pyplot() -> Any:
@@ -60,6 +60,45 @@ def plot_views(
     axis.set_xticks([at + middle for at in range(len(by_kind))], list(by_kind))
     axis.legend()
     return _save(pyplot, figure, axis, directory, "agreement")
+
+
+def plot_plan(
+    candidates: Mapping[str, Sequence[tuple[int, float, float]]],
+    chosen: tuple[int, float],
+    divergences: Mapping[str, Sequence[float]],
+    directory: Path,
+    title: str,
+) -> list[Path]:
+    """Draw what plans promise by the bytes they read, and which layers their drafts diverge in.
+
+    Args:
+        candidates: by activations, (bytes more than at 4 bits, agreement, speed-up) of every plan.
+        chosen: bytes and speed-up of the plan that was taken.
+        divergences: by kind of linear, nats that each layer's adds to a draft at 4 bits.
+        directory: where the files go.
+        title: above both.
+    """
+    pyplot = need_pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
+    for name, plans in candidates.items():
+        megabytes = [more / 1e6 for more, _, _ in plans]
+        marker = "o" if len(plans) == 1 else None
+        left.plot(megabytes, [s for _, _, s in plans], marker=marker, label=f"{name}: speed-up")
+        left.plot(
+            megabytes, [a for _, a, _ in plans], marker=marker, linestyle="--",
+            label=f"{name}: agreement",
+        )  # fmt: skip
+    left.plot(chosen[0] / 1e6, chosen[1], "k*", markersize=12, label="chosen")
+    left.set(xlabel="MB that a draft reads more than at 4 bits", title=title, ylim=(0, None))
+    left.legend()
+    left.grid(alpha=0.3)
+    bottom = [0.0] * max((len(values) for values in divergences.values()), default=0)
+    for kind, values in divergences.items():
+        right.bar(range(len(values)), values, bottom=bottom, label=kind)
+        bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    right.set(xlabel="layer", ylabel="divergence at 4 bits, nats")
+    right.legend()
+    return _save(pyplot, figure, right, directory, "plan")
 
 
 def _save(pyplot: Any, figure: Any, axis: Any, directory: Path, name: str) -> list[Path]:

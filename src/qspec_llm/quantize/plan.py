@@ -29,7 +29,7 @@ from qspec_llm.weights.checkpoint.safetensors_dir import read_json
 from qspec_llm.weights.store import INDEX_NAME, NestedCheckpoint
 from qspec_llm.weights.view import Activation
 
-__all__ = ["Plan", "choose", "expected_speedup", "make_plan", "set_draft_bits"]
+__all__ = ["Plan", "Planned", "choose", "expected_speedup", "make_plan", "set_draft_bits"]
 
 KEYS = 256  # that a step's rows see where plans are compared
 PLAN_TOKENS = 2048  # of text that plans are judged by
@@ -46,6 +46,7 @@ class Plan:
         gamma: tokens to draft in each cycle, 0 where drafting does not pay.
         agreement: expected share of drafts that are accepted.
         speedup: expected tokens a second over plain decoding's.
+        more_bytes: that such a draft reads than one at 4 bits.
     """
 
     draft: Activation
@@ -53,6 +54,26 @@ class Plan:
     gamma: int
     agreement: float
     speedup: float
+    more_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint's index keeps; tensors say themselves how they are drafted."""
+        return {**asdict(self), "eight_bits": len(self.eight_bits)}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan that was chosen, what it was chosen from, and what that rests on.
+
+    Attributes:
+        plan: the best one.
+        candidates: all, by activations, in the order of the bytes they read.
+        units: the linears, layers in order and the LM head last.
+    """
+
+    plan: Plan
+    candidates: dict[Activation, list[Plan]]
+    units: list[Unit]
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,7 @@ class _Measured:
     agreement: float
 
 
-def make_plan(path: Path, text: CalibrationText, *, threads: int | None = None) -> Plan:
+def make_plan(path: Path, text: CalibrationText, *, threads: int | None = None) -> Planned:
     """Measure a nested checkpoint, choose its plan, and write that into its index.
 
     Args:
@@ -83,12 +104,12 @@ def make_plan(path: Path, text: CalibrationText, *, threads: int | None = None) 
             for activation in (Activation.A8, Activation.A16):
                 llm = LLM(variant, draft=activation.value, gamma=0, max_batch=1, threads=threads)
                 measured[bits, activation] = _Measured(llm.step_costs(), _agreement(llm, scripts))
-    plan = choose(units, measured)
+    planned = choose(units, measured)
     index = _index(path)
-    _set_bits(index, {name: 8 if name in plan.eight_bits else 4 for name in open_names})
-    record = {**asdict(plan), "eight_bits": len(plan.eight_bits)}
-    _write(path / INDEX_NAME, {**index, "plan": record})
-    return plan
+    eight = planned.plan.eight_bits
+    _set_bits(index, {name: 8 if name in eight else 4 for name in open_names})
+    _write(path / INDEX_NAME, {**index, "plan": planned.plan.to_dict()})
+    return planned
 
 
 def set_draft_bits(path: Path, bits: int) -> None:
@@ -100,14 +121,15 @@ def set_draft_bits(path: Path, bits: int) -> None:
     _write(path / INDEX_NAME, index)
 
 
-def choose(units: Sequence[Unit], measured: Mapping[tuple[int, Activation], _Measured]) -> Plan:
+def choose(units: Sequence[Unit], measured: Mapping[tuple[int, Activation], _Measured]) -> Planned:
     """The best of all plans that take units in the order of what a byte of them buys."""
-    plans = [plan for a in (Activation.A8, Activation.A16) for plan in _plans(units, measured, a)]
-    best = plans[0]
-    for plan in plans[1:]:
+    activations = (Activation.A8, Activation.A16)
+    candidates = {a: list(_plans(units, measured, a)) for a in activations}
+    best, *others = [plan for plans in candidates.values() for plan in plans]
+    for plan in others:
         if plan.speedup > LEAST_GAIN * best.speedup:
             best = plan
-    return best
+    return Planned(best, candidates, list(units))
 
 
 def _plans(
@@ -118,7 +140,7 @@ def _plans(
     """Plans of growing size for one kind of activations."""
     low = measured[4, activation]
     divergence = sum(unit.divergence[4, activation] for unit in units)
-    yield _plan(activation, (), low.costs, low.agreement)
+    yield _plan(activation, (), low.costs, low.agreement, 0)
     if (8, activation) not in measured:
         return
     high = measured[8, activation]
@@ -137,7 +159,7 @@ def _plans(
         left -= _gain(unit, activation)
         agreement = _between((divergence, low.agreement), (least, high.agreement), max(left, least))
         costs = _mixed(low.costs, high.costs, num_bytes / all_bytes)
-        yield _plan(activation, tuple(taken), costs, agreement)
+        yield _plan(activation, tuple(taken), costs, agreement, num_bytes)
 
 
 def _gain(unit: Unit, activation: Activation) -> float:
@@ -160,11 +182,15 @@ def _mixed(low: StepCosts, high: StepCosts, share: float) -> StepCosts:
 
 
 def _plan(
-    activation: Activation, names: tuple[str, ...], costs: StepCosts, agreement: float
+    activation: Activation,
+    names: tuple[str, ...],
+    costs: StepCosts,
+    agreement: float,
+    more_bytes: int,
 ) -> Plan:
     gamma = max(range(TOP_GAMMA + 1), key=lambda gamma: expected_speedup(costs, agreement, gamma))
     speedup = expected_speedup(costs, agreement, gamma)
-    return Plan(activation, names, gamma, agreement, speedup)
+    return Plan(activation, names, gamma, agreement, speedup, more_bytes)
 
 
 def expected_speedup(costs: StepCosts, agreement: float, gamma: int) -> float:
