@@ -11,7 +11,8 @@ from torch import Tensor
 from helpers_engine import TINY, RandomCheckpoint
 from helpers_model_dir import write_model
 from helpers_weights import assert_close, gaussian, refused
-from qspec_llm.kernels import Rows, reference
+from qspec_llm.cli import main
+from qspec_llm.kernels import Rows, get_backend, reference
 from qspec_llm.kv.pool import allocate
 from qspec_llm.llm import LLM
 from qspec_llm.model.config import ModelConfig, read_config
@@ -43,6 +44,22 @@ class Uneven(RandomCheckpoint):
                 tensor[::7] *= 10
             if name.endswith("v_proj.weight"):
                 tensor[::5] *= 10
+
+
+class AsFloats:
+    """A checkpoint that is neither nested nor rounded."""
+
+    def __init__(self, checkpoint: Any) -> None:
+        self._checkpoint, self.path = checkpoint, checkpoint.path
+
+    def names(self) -> list[str]:
+        return self._checkpoint.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.shape(name)
+
+    def read(self, name: str, target: Target) -> Dense:
+        return Dense(self._checkpoint.read(name, target).float(), "a test")
 
 
 def decoder_of(checkpoint: Any, config: ModelConfig, target: Target = Target.BF16) -> Decoder:
@@ -78,11 +95,10 @@ def test_the_model_computes_what_the_original_computes(
 ) -> None:
     original = Uneven(config)
     checkpoint = rotate(original, config, is_balanced=is_balanced)
-    turned = decoder_of(checkpoint, rotated_config(config, checkpoint))
-    expected = logits(decoder_of(original, config))
-    # the rotated weights are rounded to bf16 once
-    assert_close(logits(turned), expected, 0.02)
-    unturned = decoder_of(checkpoint, config)
+    turned = decoder_of(AsFloats(checkpoint), rotated_config(config, checkpoint))
+    expected = logits(decoder_of(AsFloats(original), config))
+    assert_close(logits(turned), expected, 1e-4)
+    unturned = decoder_of(AsFloats(checkpoint), config)
     error = (logits(unturned) - expected).norm() / expected.norm()
     assert error > 0.5, "the rotation changes nothing, so nothing was tested"
 
@@ -148,7 +164,7 @@ def test_magnitudes_are_those_of_the_linears_inputs() -> None:
     torch.testing.assert_close(found["model.layers.0.self_attn.q_proj"], expected)
 
 
-def test_a_rotated_directory_keeps_what_the_model_needs(tmp_path: Path) -> None:
+def test_a_rotated_directory_keeps_what_the_model_needs(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "model").mkdir()
     write_model(tmp_path / "model")
     original = open_checkpoint(tmp_path / "model")
@@ -156,8 +172,12 @@ def test_a_rotated_directory_keeps_what_the_model_needs(tmp_path: Path) -> None:
     config = read_config(checkpoint)
     assert (config.hadamard, config.head_draft) == (64, Activation.A8)
     tensors = stored_tensors(checkpoint, config, Recipe(Target.INT4))
-    store.write(tmp_path / "nested", Target.INT4, config.to_dict(), tensors, None)
+    store.write(tmp_path / "nested", Target.INT4, config.to_dict(), tensors)
     assert read_config(open_checkpoint(tmp_path / "nested")) == config
+    assert main(["inspect", str(tmp_path / "nested")]) == 0
+    assert "rotated by Hadamard matrices of up to 64 rows" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "model")]) == 0
+    assert "rotated" not in capsys.readouterr().out
     assert read_config(original).hadamard is None
     assert "hadamard" not in read_config(original).to_dict()
 
@@ -207,8 +227,6 @@ def test_a_silent_channel_stays_finite() -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_the_head_of_a_rotated_model_drafts_with_wider_activations(backend: str) -> None:
     config = replace(TINY, hadamard=64, head_draft=Activation.A8)
-    from qspec_llm.kernels import get_backend
-
     decoders = [
         load_decoder(Uneven(c), c, Recipe(Target.INT4), get_backend(backend), num_positions=64)
         for c in (config, replace(config, head_draft=None))

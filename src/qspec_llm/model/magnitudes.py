@@ -52,12 +52,11 @@ class _Watch:
         config, device = self._decoder.config, self._decoder.ops.device
         num_blocks = -(-len(tokens) // BLOCK)
         shape = (num_blocks * BLOCK, config.num_kv_heads, config.head_dim)
-        kv = [
-            LayerKV(
-                *(torch.zeros(shape, dtype=self._decoder.dtype, device=device) for _ in "kv"), BLOCK
-            )
-            for _ in self._decoder.layers
-        ]
+
+        def pool() -> Tensor:
+            return torch.zeros(shape, dtype=self._decoder.dtype, device=device)
+
+        kv = [LayerKV(pool(), pool(), BLOCK) for _ in self._decoder.layers]
         positions = torch.arange(len(tokens))
         rows = Rows(
             positions=positions,

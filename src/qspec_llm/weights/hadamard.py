@@ -40,4 +40,4 @@ def transform(x: Tensor, order: int) -> Tensor:
         out[..., 0, :] = first + second
         out[..., 1, :] = first - second
         distance *= 2
-    return out.reshape(x.shape) * order**-0.5
+    return out.reshape(x.shape) * (1 / math.sqrt(order))
