@@ -60,6 +60,25 @@ def test_speculation_changes_nothing(target, draft, gamma, decoders, plain):
         assert_identical(run, first(plain[target], batch))
 
 
+@pytest.mark.parametrize("draft", Activation)
+@pytest.mark.parametrize("backend_name", ["reference", "cpu"])
+def test_speculation_changes_nothing_in_a_rotated_model(backend_name, draft):
+    if backend_name not in available_backends():
+        pytest.skip(f"backend {backend_name!r} does not run here")
+    fields = {"hadamard": 64, "head_draft": Activation.A8}
+    decoder = tiny_decoder(Target.INT4, backend=backend_name, **fields)
+    prompts = ragged_prompts(8, VOCABULARY)
+    plain = run_model(decoder, prompts, greedy(NUM_TOKENS))
+    for gamma in (1, 3, 6):
+        for batch in (1, 3, 8):
+            run = run_model(
+                decoder, prompts[:batch], greedy(NUM_TOKENS), gamma=gamma, view=draft_view(draft)
+            )
+            assert_identical(run, first(plain, batch))
+    unrotated = run_model(tiny_decoder(Target.INT4, backend=backend_name), prompts, greedy(2))
+    assert not same_bits(plain.logits[0][:2], unrotated.logits[0])
+
+
 @pytest.mark.parametrize("target", Target)
 def test_the_matrix_above_meets_accepted_and_rejected_drafts(target, decoders):
     prompts = ragged_prompts(8, VOCABULARY)

@@ -196,6 +196,15 @@ def test_rope_of_heads_cut_out_of_wider_rows(head_dim: int, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("size", "order"), [(576, 64), (1536, 64), (1536, 512), (45, 1), (24, 8)])
+def test_hadamard_is_the_references_bit_for_bit(
+    size: int, order: int, dtype: torch.dtype, isa: str
+) -> None:
+    x = gaussian(5, size, dtype=dtype)
+    assert_same_bits(cpu.hadamard(x, order), reference.hadamard(x, order))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("size", [16, 100, 1536])
 def test_silu_mul(size: int, dtype: torch.dtype, isa: str) -> None:
     gate_up = gaussian(3, 2 * size, dtype=dtype) * 4
@@ -266,9 +275,13 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def tiny_decoder(ops: Any, dtype: torch.dtype, form: str, *, is_fused: bool) -> Decoder:
+def tiny_decoder(
+    ops: Any, dtype: torch.dtype, form: str, *, is_fused: bool, hadamard: int | None = None
+) -> Decoder:
     """Two layers of random weights; q, k, v and gate, up in one part each or in several."""
-    config, seed = CONFIG, iter(range(1000))
+    config, seed = replace(CONFIG, hadamard=hadamard), iter(range(1000))
+    if hadamard:
+        config = replace(config, head_draft=Activation.A8)
 
     def vector(size: int) -> Tensor:
         return gaussian(size, dtype=torch.bfloat16, seed=next(seed)) * 0.1 + 1
@@ -328,6 +341,28 @@ def test_whole_step_equals_the_operations_one_by_one(
         for ours, theirs in zip(fast_kv, slow_kv, strict=True):
             assert_same_bits(ours.keys, theirs.keys)
             assert_same_bits(ours.values, theirs.values)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("view", ["verify", "a4"])
+def test_whole_step_of_a_rotated_model_equals_the_operations_one_by_one(
+    view: str, dtype: torch.dtype, isa: str
+) -> None:
+    # 96 and 160 columns: orders 32 and 32 of 64
+    made = {"is_fused": True, "hadamard": 64}
+    slow, slow_kv = run_passes(
+        tiny_decoder(without_whole_step(), dtype, "affine4", **made), view, 300
+    )
+    for count in (1, 2, 3):
+        cpu.set_num_threads(count)
+        fast, fast_kv = run_passes(tiny_decoder(cpu, dtype, "affine4", **made), view, 300)
+        for ours, theirs in zip(fast, slow, strict=True):
+            assert_same_bits(ours, theirs)
+        for ours, theirs in zip(fast_kv, slow_kv, strict=True):
+            assert_same_bits(ours.keys, theirs.keys)
+            assert_same_bits(ours.values, theirs.values)
+    unrotated, _ = run_passes(tiny_decoder(cpu, dtype, "affine4", is_fused=True), view, 300)
+    assert not torch.equal(unrotated[0], fast[0])
 
 
 @pytest.mark.parametrize("form", ["signed16", "signed8", "affine4_offset"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers_engine import ByteTokenizer
@@ -207,6 +208,45 @@ def test_the_stream_of_int4_is_the_target_itself(
         assert (found[row] - logits).norm() < 0.05 * logits.norm()
 
 
+def test_a_rotated_model_agrees_with_four_bit_activations(uneven: Path, tmp_path: Path) -> None:
+    """Channels that are 30 times larger than others cost a plain a4 draft, not a rotated one."""
+    tokenizer = HFTokenizer(uneven)
+    text = encode(SENTENCES, tokenizer, 10_000)
+    errors = {}
+    for rotate in (False, True):
+        how = Options(target=Target.INT4, method=Method.MSE, group=32, rotate=rotate)
+        path = tmp_path / f"q{rotate}"
+        run(uneven, path, text, how)
+        checkpoint = open_checkpoint(path)
+        assert (read_config(checkpoint).hadamard is not None) is rotate
+        assert checkpoint.made["rotated"] is rotate
+        decoder = decoder_of(path, Target.INT4)
+        tokens = tuple(text.tokens[text.spans()[-1]].tolist())
+        script = Script(tokens[:1], tokens[1:])
+        runners = {"verify": runner_for(decoder, [script], 1)}
+        drafts = {"draft": draft_view(Activation.A4)}
+        wrong = [
+            (step.logits["draft"] - step.logits["verify"]).norm() / step.logits["verify"].norm()
+            for step in read_along(runners, [script], ByteTokenizer(), drafts=drafts)
+        ]
+        errors[rotate] = float(torch.stack(wrong).mean())
+    assert errors[True] < 0.8 * errors[False]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a few large channels before every linear."""
+    path = tmp_path_factory.mktemp("uneven")
+    write_model(path, seed=3)
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        for ending, step, factor in (("layernorm.weight", 9, 30), ("up_proj.weight", 7, 10)):
+            if name.endswith(ending):
+                tensor[::step] *= factor
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
 class Stop(Exception):  # noqa: N818  # stands for an interruption, not an error
     """Raised after some parts."""
 
@@ -267,6 +307,8 @@ def test_the_index_says_how_it_was_made(model: Path, tmp_path: Path, text: Calib
     ("make", "message"),
     [
         (lambda: options("int8", "gptq"), "nothing to choose for target 'int8'"),
+        (lambda: rotating("bf16", "gptq"), "target 'bf16' cannot be rotated"),
+        (lambda: rotating("int4", "awq"), "use --method gptq or mse with --rotate"),
         (lambda: encode(SENTENCES[:1], ByteEncoder(), 100), "gives 1 sequences"),
         (lambda: read_samples("nowhere.jsonl"), "cannot be read"),
     ],
@@ -274,6 +316,10 @@ def test_the_index_says_how_it_was_made(model: Path, tmp_path: Path, text: Calib
 def test_refusals(make: Callable[[], object], message: str) -> None:
     with pytest.raises(QSpecError, match=message):
         make()
+
+
+def rotating(target: str, method: str) -> Options:
+    return Options(target=Target(target), method=Method(method), group=32, rotate=True)
 
 
 def test_a_nested_checkpoint_is_refused(model: Path, tmp_path: Path, text: CalibrationText) -> None:

@@ -151,6 +151,11 @@ def _add_quantize(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="activations that the draft will see (default: %(default)s)",
     )
     parser.add_argument(
+        "--rotate",
+        action="store_true",
+        help="int4 alone: rotate the inputs of linears, which makes drafts with a4 agree",
+    )
+    parser.add_argument(
         "--calibration",
         default="builtin",
         metavar="FILE",

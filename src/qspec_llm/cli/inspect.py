@@ -128,6 +128,12 @@ def _show(config: ModelConfig, engine: EngineConfig, lines: list[_Row], rows: li
         f"of {config.head_dim}, vocabulary {config.vocab_size}"
         f"{', tied head' if config.tied_head else ''}, context {config.context_length}"
     )
+    if config.hadamard is not None:
+        head = "" if config.head_draft is None else f"; the LM head drafts with {config.head_draft}"
+        console.print(
+            f"the linears take inputs rotated by Hadamard matrices of up to {config.hadamard} rows"
+            f"{head} or more"
+        )
     table = Table(box=None, pad_edge=False)
     for title in ("tensor", "shape", "in file", "stored as"):
         table.add_column(title, overflow="fold")

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
         method=parse_choice(Method, args.method, "method"),
         group=args.group,
         draft=parse_choice(Activation, args.draft, "draft"),
+        rotate=args.rotate,
     )
     tokenizer = HFTokenizer(path)
     text = encode(read_samples(args.calibration), tokenizer, args.calibration_tokens)

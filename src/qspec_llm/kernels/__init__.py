@@ -151,6 +151,12 @@ class Backend(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up for gate_up [R, 2 I] = gate then up: [R, I]."""
 
+    def hadamard(self, x: Tensor, order: int) -> Tensor:
+        """x [R, K] times H (x) I, H the Hadamard matrix of `order` rows, in x's dtype.
+
+        Every bit is `weights.hadamard.transform`'s, rounded once.
+        """
+
     def whole_step(self, decoder: Any) -> Forward | None:
         """The decoder's forward pass as one call, or None: run it operation by operation.
 

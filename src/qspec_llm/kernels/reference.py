@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Forward, LayerKV, Packed, Rows
+from qspec_llm.weights.hadamard import transform
 from qspec_llm.weights.planes import (
     Dense,
     Planes,
@@ -36,6 +37,7 @@ __all__ = [
     "configure",
     "device",
     "embed",
+    "hadamard",
     "linear",
     "name",
     "num_threads",
@@ -260,6 +262,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return gate / (1 + torch.exp(-gate)) * up
 
     return _by_tile(part, gate_up.float(), DECODE_TILE).to(gate_up.dtype)
+
+
+def hadamard(x: Tensor, order: int) -> Tensor:
+    """x [R, K] times H (x) I, H of `order` rows: additions in one order for every row."""
+    return transform(x.float(), order).to(x.dtype)
 
 
 def check(packed: Sequence[Packed], views: Sequence[View]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from qspec_llm.errors import QSpecError
 from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.checkpoint.safetensors_dir import read_json
+from qspec_llm.weights.rotation import ROTATION_KEY
+from qspec_llm.weights.view import Activation
 
 __all__ = ["ModelConfig", "RopeScaling", "read_config"]
 
@@ -39,6 +41,11 @@ class ModelConfig:
     `family` is "llama" (also Mistral and SmolLM), "qwen2" (bias on q, k, v) or "qwen3" (RMSNorm on
     each head of q and k). `context_length` is in tokens; a sliding window shortens it, so that
     within it attention is full.
+
+    `hadamard` is the rotation that the linears' weights expect of their inputs, as the order of
+    the largest Hadamard matrix (`weights.hadamard.order_for`), None for none; the LM head's input
+    is not rotated. `head_draft` is the narrowest activations that the head's drafts see, None for
+    the view's own.
     """
 
     family: str
@@ -55,6 +62,8 @@ class ModelConfig:
     tied_head: bool
     context_length: int
     eos_token_ids: tuple[int, ...] = ()
+    hadamard: int | None = None
+    head_draft: Activation | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,6 +79,10 @@ class ModelConfig:
             raise QSpecError(
                 f"{self.num_heads} attention heads do not divide among {self.num_kv_heads} KV heads"
             )
+        if self.hadamard is not None and (
+            type(self.hadamard) is not int or self.hadamard < 1 or self.hadamard.bit_count() != 1
+        ):
+            raise QSpecError(f"the model's Hadamard order {self.hadamard!r} is no power of two")
         if self.head_dim % 2:
             raise QSpecError(f"head size {self.head_dim} is odd, so it has no rotary halves")
 
@@ -84,8 +97,13 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
-        return asdict(self)
+        """Plain JSON values; `from_dict` reads them back. Of a rotation only what there is."""
+        values = asdict(self)
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in ("hadamard", "head_draft")
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
@@ -94,6 +112,8 @@ class ModelConfig:
         if given.get("rope_scaling") is not None:
             given["rope_scaling"] = RopeScaling(**given["rope_scaling"])
         given["eos_token_ids"] = tuple(given.get("eos_token_ids", ()))
+        if given.get("head_draft") is not None:
+            given["head_draft"] = Activation(given["head_draft"])
         return cls(**given)
 
 
@@ -106,7 +126,8 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     """
     readers = {"hf": _from_hf, "gguf": _from_gguf, "nested": _from_nested}
     try:
-        return readers[checkpoint.kind](checkpoint)
+        config = readers[checkpoint.kind](checkpoint)
+        return replace(config, **checkpoint.metadata.get(ROTATION_KEY, {}))
     except KeyError as error:
         raise QSpecError(f"the configuration of {checkpoint.path} lacks {error}") from None
     except QSpecError:

@@ -11,7 +11,7 @@ from torch import Tensor
 from qspec_llm.kernels import Backend, Forward, LayerKV, Packed, Rows
 from qspec_llm.model.config import ModelConfig
 from qspec_llm.model.layers import Layer, Linear, Rotation, decoder_layer, linear
-from qspec_llm.weights.view import View
+from qspec_llm.weights.view import View, draft_view
 
 __all__ = ["Decoder", "rope_table"]
 
@@ -73,7 +73,14 @@ class Decoder:
                 return x.new_zeros(0, self.config.vocab_size, dtype=torch.float32)
             x = x[logit_rows]
         x = self.ops.rms_norm(x, self.final_norm, self.config.norm_eps)
-        return linear(self.ops, x, self.head, view, rows, torch.float32)
+        return linear(self.ops, x, self.head, self.head_view(view), rows, torch.float32)
+
+    def head_view(self, view: View) -> View:
+        """The view that the LM head is read in: a draft's activations may be wider there."""
+        least = self.config.head_draft
+        if not view.is_draft or least is None:
+            return view
+        return draft_view(max(view.activation, least, key=lambda activation: activation.bits))
 
     @cached_property
     def _whole_step(self) -> Forward | None:

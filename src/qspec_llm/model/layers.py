@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qspec_llm.kernels import Backend, LayerKV, Packed, Rows
 from qspec_llm.model.config import ModelConfig
+from qspec_llm.weights.hadamard import order_for
 from qspec_llm.weights.view import View
 
 __all__ = ["Layer", "Linear", "Rotation", "decoder_layer", "linear"]
@@ -71,10 +72,17 @@ def decoder_layer(
     rows: Rows,
 ) -> Tensor:
     """One layer: x [R, hidden] plus its attention, plus its MLP."""
-    hidden = ops.rms_norm(x, layer.input_norm, config.norm_eps)
+    hidden = _turned(ops, config, ops.rms_norm(x, layer.input_norm, config.norm_eps))
     x = x + _attention(ops, config, hidden, layer, kv, rotation, view, rows)
-    hidden = ops.rms_norm(x, layer.post_attention_norm, config.norm_eps)
-    return x + _mlp(ops, hidden, layer, view, rows)
+    hidden = _turned(ops, config, ops.rms_norm(x, layer.post_attention_norm, config.norm_eps))
+    return x + _mlp(ops, config, hidden, layer, view, rows)
+
+
+def _turned(ops: Backend, config: ModelConfig, x: Tensor) -> Tensor:
+    """A linear's input x [R, K] as its weights expect it: rotated, where the model is."""
+    if config.hadamard is None:
+        return x
+    return ops.hadamard(x, order_for(x.shape[-1], config.hadamard))
 
 
 def _attention(
@@ -97,9 +105,11 @@ def _attention(
     key = ops.rope(key, rotation.cos, rotation.sin)  # [R, KV heads, D]
     ops.write_kv(key, value, kv, view, rows)
     out = ops.attention(query, kv, view, rows)
-    return linear(ops, out.flatten(1), layer.output, view, rows)
+    return linear(ops, _turned(ops, config, out.flatten(1)), layer.output, view, rows)
 
 
-def _mlp(ops: Backend, x: Tensor, layer: Layer, view: View, rows: Rows) -> Tensor:
+def _mlp(
+    ops: Backend, config: ModelConfig, x: Tensor, layer: Layer, view: View, rows: Rows
+) -> Tensor:
     gate_up = linear(ops, x, layer.gate_up, view, rows)
-    return linear(ops, ops.silu_mul(gate_up), layer.down, view, rows)
+    return linear(ops, _turned(ops, config, ops.silu_mul(gate_up)), layer.down, view, rows)

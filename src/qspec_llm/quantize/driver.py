@@ -12,14 +12,17 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.model.config import ModelConfig, read_config
 from qspec_llm.model.decoder import rope_table
 from qspec_llm.model.load import EMBEDDING, FINAL_NORM, HEAD, ROPE_FACTORS, expected_shapes
+from qspec_llm.quantize.layer import read_floats
+from qspec_llm.quantize.magnitudes import input_magnitudes
 from qspec_llm.quantize.matrices import Method, input_scales, store_matrices
 from qspec_llm.quantize.streams import Streams, advance, measure_head, start
 from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.quantize.unfinished import Unfinished
 from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.methods import Moments
-from qspec_llm.weights.planes import GROUPS, Dense, Planes, Stored, draft_weight, verify_weight
+from qspec_llm.weights.planes import GROUPS, Dense, Stored, draft_weight, verify_weight
 from qspec_llm.weights.quantize import Recipe, Target, nest
+from qspec_llm.weights.rotation import rotated
 from qspec_llm.weights.view import Activation
 
 __all__ = ["LayerReport", "Options", "Report", "quantize"]
@@ -43,12 +46,15 @@ class Options:
         method: how codes are chosen.
         group: weights that share a scale.
         draft: activations that the draft will see.
+        rotate: whether linears take rotated inputs (`weights.rotation`), so that 4-bit activations
+            agree; only `int4`, since another target is the original's weights, unrotated.
     """
 
     target: Target
     method: Method
     group: int
     draft: Activation = Activation.A8
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -57,6 +63,16 @@ class Options:
             raise QSpecError(
                 f"method {self.method.value!r} has nothing to choose for target 'int8', whose "
                 "draft codes follow from its 8-bit codes; use --method rtn"
+            )
+        if self.rotate and self.target is not Target.INT4:
+            raise QSpecError(
+                f"target {self.target.value!r} cannot be rotated: it is the original's weights, "
+                "which a rotation changes; use --target int4"
+            )
+        if self.rotate and self.method is Method.AWQ:
+            raise QSpecError(
+                "method 'awq' scales columns, which a rotation mixes and balances itself; use "
+                "--method gptq or mse with --rotate"
             )
 
 
@@ -122,6 +138,10 @@ def quantize(
     config = read_config(checkpoint)
     about = {**asdict(options), "calibration": _digest(text), "model": str(checkpoint.path)}
     output = Unfinished(path, about)
+    if options.rotate:
+        magnitudes = input_magnitudes(checkpoint, config, text)
+        checkpoint = rotated(checkpoint, head_dim=config.head_dim, magnitudes=magnitudes)
+        config = read_config(checkpoint)
     run = _Run(checkpoint, config, options, text, output)
     for done in run.parts():
         if progress is not None:
@@ -131,6 +151,7 @@ def quantize(
         "method": options.method.value,
         "group": options.group,
         "draft": options.draft.value,
+        "rotated": options.rotate,
         "calibration_tokens": text.num_fitted,
         "agreement": report.agreement,
     }
@@ -203,11 +224,11 @@ class _Run:
         """Both streams where the next layer begins."""
         target, config = self._options.target, self._config
         is_target = target is Target.INT4
-        factors = self._read(ROPE_FACTORS) if ROPE_FACTORS in self._names else None
+        factors = self._floats(ROPE_FACTORS) if ROPE_FACTORS in self._names else None
         longest = int(self._text.positions.max()) + 1
         streams = start(
             self._text,
-            self._read(EMBEDDING)[self._text.tokens],
+            self._floats(EMBEDDING)[self._text.tokens],
             rope_table(config, longest, factors),
             Activation.A16 if is_target else self._options.draft,
             reads_exact_kv=not is_target,
@@ -218,7 +239,7 @@ class _Run:
 
     def _layer(self, streams: Streams, index: int) -> dict[str, Stored]:
         prefix = f"model.layers.{index}."
-        weights = {name: self._read(name) for name in self._names if name.startswith(prefix)}
+        weights = {name: self._floats(name) for name in self._names if name.startswith(prefix)}
         stored: dict[str, Stored] = {
             name: Dense(self._vector(name), "a vector")
             for name, weight in weights.items()
@@ -262,7 +283,7 @@ class _Run:
     def _rest(self, streams: Streams) -> tuple[dict[str, Stored], float | None]:
         """The vocabulary, the last norm, and RoPE factors where there are some."""
         name = EMBEDDING if self._config.tied_head else HEAD
-        weights = {name: self._read(name)}
+        weights = {name: self._floats(name)}
         stored: dict[str, Stored] = {}
         if self._options.target is Target.BF16:
             choose = self._chooser(weights, stored)
@@ -272,30 +293,24 @@ class _Run:
                 stored[name] = nest(weight, self._recipe, is_vocabulary=True)
                 return self._seen(stored[name])
 
-        final = (self._read(FINAL_NORM), weights[name])
+        final = (self._floats(FINAL_NORM), weights[name])
         module = name.removesuffix(".weight")
         agreement = measure_head(streams, final, self._config, module, choose)
         if not self._config.tied_head:
             # looked up, never multiplied: no code of it is ever drafted with
-            stored[EMBEDDING] = nest(self._read(EMBEDDING), self._recipe, is_vocabulary=True)
+            stored[EMBEDDING] = nest(self._floats(EMBEDDING), self._recipe, is_vocabulary=True)
         for vector in (FINAL_NORM, ROPE_FACTORS):
             if vector in self._names:
                 stored[vector] = Dense(self._vector(vector), "a vector")
         return stored, agreement
 
+    def _floats(self, name: str) -> Tensor:
+        return read_floats(self._checkpoint, name)
+
     def _vector(self, name: str) -> Tensor:
         value = self._checkpoint.read(name, Target.BF16)
         assert isinstance(value, Tensor)
         return value
-
-    def _read(self, name: str) -> Tensor:
-        """A tensor as float32, rounded to bf16 as the format keeps it (vectors are not)."""
-        value = self._checkpoint.read(name, Target.BF16)
-        if isinstance(value, Planes):
-            return verify_weight(value)
-        if isinstance(value, Dense):
-            return value.weight.float()
-        return value.float() if value.ndim == 1 else value.to(torch.bfloat16).float()
 
 
 def _before(module: str) -> str | None:

@@ -11,8 +11,32 @@ from torch import Tensor
 from torch.nn import functional
 
 from qspec_llm.model.config import ModelConfig
+from qspec_llm.weights.checkpoint import Checkpoint
+from qspec_llm.weights.hadamard import order_for, transform
+from qspec_llm.weights.planes import Dense, Planes, verify_weight
+from qspec_llm.weights.quantize import Target
 
-__all__ = ["attend", "bf16", "heads", "norm_of", "rms_norm", "rotated", "silu_mul"]
+__all__ = [
+    "attend",
+    "bf16",
+    "heads",
+    "norm_of",
+    "read_floats",
+    "rms_norm",
+    "rotated",
+    "silu_mul",
+    "turned",
+]
+
+
+def read_floats(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor as float32; matrices are rounded to bf16, as the format keeps them."""
+    value = checkpoint.read(name, Target.BF16)
+    if isinstance(value, Planes):
+        return verify_weight(value)
+    if isinstance(value, Dense):
+        return value.weight.float()
+    return value.float() if value.ndim == 1 else bf16(value)
 
 
 def bf16(x: Tensor) -> Tensor:
@@ -28,6 +52,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     return bf16(functional.silu(gate) * up)
+
+
+def turned(x: Tensor, config: ModelConfig) -> Tensor:
+    """A linear's input [T, K] as its weights expect it: rotated, where the model is."""
+    if config.hadamard is None:
+        return x
+    return bf16(transform(x, order_for(x.shape[1], config.hadamard)))
 
 
 def heads(x: Tensor, config: ModelConfig) -> Tensor:

@@ -95,13 +95,17 @@ def make_plan(path: Path, text: CalibrationText, *, threads: int | None = None) 
     if not (path / INDEX_NAME).exists():
         raise QSpecError(f"{path} is no nested checkpoint; `qspec quantize` writes one")
     checkpoint = NestedCheckpoint(path)
-    units = measure(checkpoint, read_config(checkpoint), checkpoint.target, _first(text))
+    config = read_config(checkpoint)
+    activations = [Activation.A8, Activation.A16]
+    if config.hadamard is not None:
+        activations.insert(0, Activation.A4)
+    units = measure(checkpoint, config, checkpoint.target, text.first(PLAN_TOKENS))
     open_names = [name for unit in units if unit.more_bytes for name in unit.names]
     scripts = _held_out(text)
     measured: dict[tuple[int, Activation], _Measured] = {}
     for bits in (4, 8) if open_names else (4,):
         with _variant(path, dict.fromkeys(open_names, bits)) as variant:
-            for activation in (Activation.A8, Activation.A16):
+            for activation in activations:
                 llm = LLM(variant, draft=activation.value, gamma=0, max_batch=1, threads=threads)
                 measured[bits, activation] = _Measured(llm.step_costs(), _agreement(llm, scripts))
     planned = choose(units, measured)
@@ -123,7 +127,7 @@ def set_draft_bits(path: Path, bits: int) -> None:
 
 def choose(units: Sequence[Unit], measured: Mapping[tuple[int, Activation], _Measured]) -> Planned:
     """The best of all plans that take units in the order of what a byte of them buys."""
-    activations = (Activation.A8, Activation.A16)
+    activations = [activation for bits, activation in measured if bits == 4]
     candidates = {a: list(_plans(units, measured, a)) for a in activations}
     best, *others = [plan for plans in candidates.values() for plan in plans]
     for plan in others:
@@ -199,19 +203,6 @@ def expected_speedup(costs: StepCosts, agreement: float, gamma: int) -> float:
     drafts = gamma * costs.draft_step(1, KEYS) if gamma else 0.0
     cycle = drafts + costs.verify_step(1, gamma + 1, KEYS * (gamma + 1))
     return expected_tokens(agreement, gamma) * plain / cycle
-
-
-def _first(text: CalibrationText) -> CalibrationText:
-    """The first sequences, up to `PLAN_TOKENS` tokens or one sequence."""
-    count = max(1, sum(bound <= PLAN_TOKENS for bound in text.bounds[1:]))
-    stop = text.bounds[count]
-    return CalibrationText(
-        text.tokens[:stop],
-        text.positions[:stop],
-        text.bounds[: count + 1],
-        stop,
-        text.is_answer[:stop],
-    )
 
 
 def _held_out(text: CalibrationText) -> list[Script]:

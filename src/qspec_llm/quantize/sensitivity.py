@@ -18,7 +18,16 @@ from qspec_llm.kernels.reference import round_activations
 from qspec_llm.model.config import ModelConfig
 from qspec_llm.model.decoder import rope_table
 from qspec_llm.model.load import EMBEDDING, FINAL_NORM, HEAD, ROPE_FACTORS
-from qspec_llm.quantize.layer import attend, bf16, heads, norm_of, rms_norm, rotated, silu_mul
+from qspec_llm.quantize.layer import (
+    attend,
+    bf16,
+    heads,
+    norm_of,
+    rms_norm,
+    rotated,
+    silu_mul,
+    turned,
+)
 from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.planes import Dense, Planes, levels, verify_weight
@@ -104,6 +113,7 @@ class _Pass:
         taps: dict[tuple[str, ...], tuple[Tensor, list[Tensor]]] = {}
 
         def linear(modules: tuple[str, ...], inputs: Tensor) -> list[Tensor]:
+            inputs = turned(inputs, config)
             outputs = []
             for module in modules:
                 out = inputs @ weights[f"{prefix}{module}.weight"].T
@@ -140,6 +150,11 @@ class _Pass:
             units.append(_unit(names, inputs.detach(), pairs))
         return units, before
 
+    def _head_activation(self, activation: Activation) -> Activation:
+        """What the LM head's drafts see where the layers' see `activation`."""
+        least = self._config.head_draft
+        return activation if least is None or least.bits < activation.bits else least
+
     def _head(self, x: Tensor, name: str, head: Planes | Dense) -> tuple[Unit, Tensor]:
         """The LM head, and the slope with respect to the last layer's output."""
         weight, norm = _exact(head), self._vector(FINAL_NORM)
@@ -156,12 +171,12 @@ class _Pass:
                 out.append((hidden.detach(), scores.detach().exp()))
         divergence = {
             key: sum(
-                _variance(hidden @ weight.T - _rounded(hidden, head, key) @ rough.T, chance)
+                _variance(hidden @ weight.T - _rounded(hidden, head, seen) @ rough.T, chance)
                 for hidden, chance in out
             )
             / (2 * len(x))
             for key in _choices([head])
-            for rough in [_draft(head, key[0])]
+            for rough, seen in [(_draft(head, key[0]), self._head_activation(key[1]))]
         }
         return Unit((name,), divergence, _more_bytes([head])), torch.cat(slopes)
 
@@ -180,7 +195,7 @@ def _unit(
         along = torch.zeros(len(inputs))
         for stored, slope in pairs:
             change = inputs @ _exact(stored).T
-            change -= _rounded(inputs, stored, key) @ _draft(stored, key[0]).T
+            change -= _rounded(inputs, stored, key[1]) @ _draft(stored, key[0]).T
             along += (slope * change).sum(-1)
         divergence[key] = float(along.square().mean()) / 2
     return Unit(names, divergence, _more_bytes([stored for stored, _ in pairs]))
@@ -198,8 +213,8 @@ def _more_bytes(stored: Sequence[Planes | Dense]) -> int:
     return sum(one.r4.nbytes for one in stored if isinstance(one, Planes) and one.r4 is not None)
 
 
-def _rounded(x: Tensor, stored: Planes | Dense, key: tuple[int, Activation]) -> Tensor:
-    return x if isinstance(stored, Dense) else round_activations(x, key[1])
+def _rounded(x: Tensor, stored: Planes | Dense, activation: Activation) -> Tensor:
+    return x if isinstance(stored, Dense) else round_activations(x, activation)
 
 
 def _draft(stored: Planes | Dense, bits: int) -> Tensor:

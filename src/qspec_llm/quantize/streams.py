@@ -17,7 +17,16 @@ from torch import Tensor
 
 from qspec_llm.kernels.reference import round_activations
 from qspec_llm.model.config import ModelConfig
-from qspec_llm.quantize.layer import attend, bf16, heads, norm_of, rms_norm, rotated, silu_mul
+from qspec_llm.quantize.layer import (
+    attend,
+    bf16,
+    heads,
+    norm_of,
+    rms_norm,
+    rotated,
+    silu_mul,
+    turned,
+)
 from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.weights.methods import Moments
 from qspec_llm.weights.view import Activation
@@ -159,6 +168,7 @@ class _Layer:
         streams = self.streams
         names = [self.prefix + module for module in modules]
         matrices = [self.weights[f"{name}.weight"] for name in names]
+        exact, other = turned(exact, self.config), turned(other, self.config)
         other = round_activations(other, streams.activation)
         chosen = self.choose(names, torch.cat(matrices), _moments(streams, other, exact))
         outputs = []

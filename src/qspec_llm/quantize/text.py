@@ -8,6 +8,7 @@ is a prompt of `qspec_llm.eval.prompts`. Text of either model serves the other a
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +67,30 @@ class CalibrationText:
     def num_tokens(self) -> int:
         """Of all sequences."""
         return len(self.tokens)
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> "CalibrationText":
+        """Sequences of token ids, none held out, each an answer from its second token on."""
+        bounds = [0, *accumulate(len(sequence) for sequence in sequences)]
+        return cls(
+            tokens=torch.tensor([token for sequence in sequences for token in sequence]),
+            positions=torch.cat([torch.arange(len(sequence)) for sequence in sequences]),
+            bounds=tuple(bounds),
+            num_fitted=bounds[-1],
+            is_answer=torch.ones(bounds[-1], dtype=torch.bool),
+        )
+
+    def first(self, num_tokens: int) -> "CalibrationText":
+        """The first sequences, up to so many tokens but at least one; all of them fitted."""
+        count = max(1, sum(bound <= num_tokens for bound in self.bounds[1:]))
+        stop = self.bounds[count]
+        return CalibrationText(
+            tokens=self.tokens[:stop],
+            positions=self.positions[:stop],
+            bounds=self.bounds[: count + 1],
+            num_fitted=stop,
+            is_answer=self.is_answer[:stop],
+        )
 
     def spans(self) -> list[slice]:
         """The rows of every sequence."""

@@ -16,6 +16,11 @@ class Activation(StrEnum):
     A8 = "a8"
     A16 = "a16"
 
+    @property
+    def bits(self) -> int:
+        """Of one activation."""
+        return int(self.value[1:])
+
 
 @dataclass(frozen=True)
 class View:

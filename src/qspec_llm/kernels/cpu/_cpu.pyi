@@ -57,6 +57,7 @@ class Step:
         vocabulary: int,
         eps: float,
         is_float: bool,
+        hadamard: int,
         embedding: Matrix,
         final_norm: int,
         head: list[tuple[Matrix, int]],
@@ -83,6 +84,7 @@ class Step:
         rows: RowTable,
         is_draft: bool,
         activation: int,
+        head_activation: int,
         logit_rows: int,
         num_logits: int,
         logits: int,
@@ -134,6 +136,7 @@ def rope(
     out: int,
     /,
 ) -> None: ...
+def hadamard(x: int, type_code: int, num_rows: int, size: int, order: int, out: int, /) -> None: ...
 def write_kv(
     keys: int, key_stride: int, values: int, value_stride: int, type_code: int, to: Pools,
     rows: RowTable, /

@@ -15,7 +15,7 @@ namespace {
 }  // namespace
 
 const Kernels kGeneric = {"generic", fill,     linear, rms_norm, rope,   silu_mul,
-                    add_rows,  attend, merge,  finish,   widen, narrow,
-                    read_memory};
+                    add_rows, hadamard, attend, merge,    finish, widen,
+                    narrow,   read_memory};
 
 }  // namespace qspec

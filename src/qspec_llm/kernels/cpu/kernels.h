@@ -38,6 +38,8 @@ struct Kernels {
                bool round);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t size, bool round);
   void (*add)(float* x, const float* y, int64_t size, bool round);
+  // x [size] in place times H (x) I, H of `order` rows (weights/hadamard.py, transform).
+  void (*hadamard)(float* x, int64_t size, int64_t order, bool round);
 
   // One KV head's keys [part * kKeys, ...) against up to kMaxPairs queries [D], each of which sees
   // the keys up to its position. Pairs that see none of them are left alone.

@@ -146,6 +146,13 @@ void bind_ops(nb::module_& m) {
       },
       release());
   m.def(
+      "hadamard",
+      [](Address x, int type, int64_t num_rows, int64_t size, int64_t order, Address out) {
+        op_hadamard(pointer<const void>(x), static_cast<Type>(type), num_rows, size, order,
+                    pointer<void>(out));
+      },
+      release());
+  m.def(
       "silu_mul",
       [](Address gate_up, int type, int64_t num_rows, int64_t size, Address out) {
         op_silu_mul(pointer<const void>(gate_up), static_cast<Type>(type), num_rows, size,
@@ -160,15 +167,15 @@ void bind_step(nb::module_& m) {
           "__init__",
           [](Step* self, int64_t hidden, int64_t intermediate, int64_t num_heads,
              int64_t num_kv_heads, int64_t head_dim, int64_t vocabulary, float eps, bool is_float,
-             const Matrix* embedding, Address final_norm, const PyParts& head, Address cos,
-             Address sin, int64_t num_positions) {
+             int64_t hadamard, const Matrix* embedding, Address final_norm, const PyParts& head,
+             Address cos, Address sin, int64_t num_positions) {
             new (self) Step({hidden, intermediate, num_heads, num_kv_heads, head_dim, vocabulary,
-                             eps, is_float},
+                             eps, is_float, hadamard},
                             embedding, pointer<const float>(final_norm), parts(head),
                             pointer<const float>(cos), pointer<const float>(sin), num_positions);
           },
           nb::kw_only(), "hidden"_a, "intermediate"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-          "vocabulary"_a, "eps"_a, "is_float"_a, "embedding"_a, "final_norm"_a, "head"_a, "cos"_a,
+          "vocabulary"_a, "eps"_a, "is_float"_a, "hadamard"_a, "embedding"_a, "final_norm"_a, "head"_a, "cos"_a,
           "sin"_a, "num_positions"_a)
       .def(
           "add_layer",
@@ -190,9 +197,9 @@ void bind_step(nb::module_& m) {
       .def(
           "forward",
           [](Step& self, Address tokens, const RowTable& rows, bool is_draft, int activation,
-             Address logit_rows, int64_t num_logits, Address logits) {
+             int head_activation, Address logit_rows, int64_t num_logits, Address logits) {
             self.forward(pointer<const int64_t>(tokens), rows, view(is_draft, activation),
-                         pointer<const int64_t>(logit_rows), num_logits, pointer<float>(logits));
+                         static_cast<Activation>(head_activation), pointer<const int64_t>(logit_rows), num_logits, pointer<float>(logits));
           },
           nb::call_guard<nb::gil_scoped_release>());
 }

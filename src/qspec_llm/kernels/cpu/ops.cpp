@@ -214,6 +214,18 @@ int32_t read_memory(const void* memory, int64_t size) {
   return total.load();
 }
 
+void op_hadamard(const void* x, Type type, int64_t num_rows, int64_t size, int64_t order,
+                 void* out) {
+  by_rows(num_rows, [&](int64_t first, int64_t last) {
+    std::vector<float> row(size);
+    for (int64_t i = first; i < last; ++i) {
+      kernels().widen(at(x, type, i * size), type, size, row.data());
+      kernels().hadamard(row.data(), size, order, false);
+      kernels().narrow(row.data(), type, size, at(out, type, i * size));
+    }
+  });
+}
+
 void op_silu_mul(const void* gate_up, Type type, int64_t num_rows, int64_t size, void* out) {
   by_rows(num_rows, [&](int64_t first, int64_t last) {
     std::vector<float> row(2 * size);

@@ -29,6 +29,7 @@ void op_write_kv(const void* keys, int64_t key_stride, const void* values, int64
                  Type type, const Pools& pools, const RowTable& rows);
 void op_attention(const void* query, Type type, int64_t num_heads, const Pools& pools,
                   const RowTable& rows, void* out);
+void op_hadamard(const void* x, Type type, int64_t num_rows, int64_t size, int64_t order, void* out);
 void op_silu_mul(const void* gate_up, Type type, int64_t num_rows, int64_t size, void* out);
 
 // Read memory with all threads; returns something that depends on it.

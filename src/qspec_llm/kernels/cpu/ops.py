@@ -23,6 +23,7 @@ __all__ = [
     "check",
     "check_head_dim",
     "embed",
+    "hadamard",
     "linear",
     "pools_of",
     "read_memory",
@@ -177,6 +178,18 @@ def attention(
         query.data_ptr(), _type_code("query", query), query.shape[1], pools_of(kv),
         row_table(rows), out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+def hadamard(x: Tensor, order: int) -> Tensor:
+    """x [R, K] times H (x) I, H the Hadamard matrix of `order` rows, in x's dtype."""
+    code = _type_code("x", x)
+    if x.ndim != 2 or not x.is_contiguous():
+        raise QSpecError(f"x has shape {tuple(x.shape)} and strides {x.stride()}, not whole rows")
+    if order < 1 or order.bit_count() != 1 or x.shape[1] % order:
+        raise QSpecError(f"rows of {x.shape[1]} have no Hadamard rotation of order {order}")
+    out = torch.empty_like(x)
+    _cpu.hadamard(x.data_ptr(), code, x.shape[0], x.shape[1], order, out.data_ptr())
     return out
 
 

@@ -200,6 +200,25 @@ void add_rows(float* x, const float* y, int64_t size, bool round) {
   }
 }
 
+// Butterflies over columns size / order apart, then twice as far, and so on.
+void hadamard(float* x, int64_t size, int64_t order, bool round) {
+  for (int64_t distance = size / order; distance < size; distance *= 2) {
+    for (float* from = x; from < x + size; from += 2 * distance) {
+      for (int64_t i = 0; i < distance; i += 16) {
+        const int n = lanes_left(i, distance);
+        const V a = get(from + i, n), b = get(from + distance + i, n);
+        put(from + i, add(a, b), n, false);
+        put(from + distance + i, sub(a, b), n, false);
+      }
+    }
+  }
+  const V factor = set1(static_cast<float>(1.0 / sqrt(static_cast<double>(order))));
+  for (int64_t i = 0; i < size; i += 16) {
+    const int n = lanes_left(i, size);
+    put(x + i, mul(get(x + i, n), factor), n, round);
+  }
+}
+
 void widen(const void* x, Type type, int64_t size, float* out) {
   int64_t i = 0;
   if (type == Type::kF32) {

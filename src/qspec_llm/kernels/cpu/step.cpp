@@ -70,8 +70,9 @@ void Step::check(const int64_t* tokens, const RowTable& rows, const int64_t* log
   }
 }
 
-void Step::forward(const int64_t* tokens, const RowTable& rows, View view, const int64_t* logit_rows,
-                   int64_t num_logits, float* logits) {
+void Step::forward(const int64_t* tokens, const RowTable& rows, View view,
+                   Activation head_activation, const int64_t* logit_rows, int64_t num_logits,
+                   float* logits) {
   std::lock_guard<std::mutex> lock(mutex_);
   check(tokens, rows, logit_rows, num_logits);
   kernels_ = &kernels();
@@ -88,6 +89,7 @@ void Step::forward(const int64_t* tokens, const RowTable& rows, View view, const
       std::copy(from, from + hidden, wanted_.data() + i * hidden);
     }
   }
+  view_.activation = head_activation;
   if (num_logits) run_head(num_logits, logits);
 }
 
@@ -106,6 +108,7 @@ void Step::reserve(int64_t num_rows) {
   if (static_cast<int>(inputs_.size()) < num_owners) {
     inputs_.resize(num_owners);
     normed_.resize(num_owners);
+    turned_.resize(num_owners);
   }
   uint32_t forms[kNumStages] = {};
   for (const Layer& layer : layers_) {
@@ -120,9 +123,13 @@ void Step::reserve(int64_t num_rows) {
     inputs_[owner].resize(kNumStages);
     const float* normed = normed_[owner].data();
     const float* x[kNumStages] = {normed, attended_.data(), normed, activated_.data(), normed};
-    const int64_t size[kNumStages] = {s.hidden, attended, s.hidden, s.intermediate, s.hidden};
+    if (s.hadamard) {
+      grow(turned_[owner], num_rows * (attended > s.intermediate ? attended : s.intermediate));
+      x[kOutput] = x[kDown] = turned_[owner].data();
+    }
     for (int stage = 0; stage < kNumStages; ++stage) {
-      inputs_[owner][stage].reserve(x[stage], size[stage], num_rows, size[stage], forms[stage],
+      const int64_t size = input_size(static_cast<Stage>(stage));
+      inputs_[owner][stage].reserve(x[stage], size, num_rows, size, forms[stage],
                                     view_.activation);
     }
   }
@@ -165,24 +172,44 @@ void Step::embed(const int64_t* tokens, int64_t first, int64_t last) {
   }
 }
 
+int64_t Step::input_size(Stage stage) const {
+  if (stage == kOutput) return sizes_.num_heads * sizes_.head_dim;
+  return stage == kDown ? sizes_.intermediate : sizes_.hidden;
+}
+
+// Of the rotation of a stage's input, the largest power of two that divides its size; 0 for none.
+int64_t Step::order(Stage stage) const {
+  if (!sizes_.hadamard || stage == kHead) return 0;
+  int64_t order = sizes_.hadamard;
+  while (input_size(stage) % order) order /= 2;
+  return order;
+}
+
 // The input of a linear in the forms that its matrices read; `norm` is applied to x first where the
-// stage has one. Waits for the others unless every thread prepares its own.
+// stage has one, and then the rotation where the model has one. Waits for the others unless every
+// thread prepares its own.
 const Input& Step::ready(int thread, Stage stage, uint32_t forms, const float* norm) {
   const int owner = has_own_inputs_ ? thread : 0, num_threads = pool_->size();
   Input& input = inputs_[owner][stage].input();
   const int64_t first = has_own_inputs_ ? 0 : num_rows_ * thread / num_threads;
   const int64_t last = has_own_inputs_ ? num_rows_ : num_rows_ * (thread + 1) / num_threads;
-  if (norm) {
-    const float* x = stage == kHead ? wanted_.data() : x_.data();
-    for (int64_t row = first; row < last; ++row) {
-      kernels_->rms_norm(x + row * sizes_.hidden, norm, sizes_.eps, sizes_.hidden,
-                         normed_[owner].data() + row * sizes_.hidden, !sizes_.is_float);
-    }
+  const int64_t size = input_size(stage), order = this->order(stage);
+  const bool round = !sizes_.is_float;
+  float* to = norm ? normed_[owner].data() : turned_[owner].data();
+  const float* from = stage == kHead     ? wanted_.data()
+                      : norm             ? x_.data()
+                      : stage == kOutput ? attended_.data()
+                                         : activated_.data();
+  for (int64_t row = first; row < last && (norm || order); ++row) {
+    float* values = to + row * size;
+    if (norm) kernels_->rms_norm(from + row * size, norm, sizes_.eps, size, values, round);
+    else std::copy(from + row * size, from + (row + 1) * size, values);
+    if (order) kernels_->hadamard(values, size, order, round);
   }
   if (has_own_inputs_) {
     fill_forms(*kernels_, input, forms, view_.activation, 0, 1);
   } else {
-    if (norm) pool_->barrier();
+    if (norm || order) pool_->barrier();
     fill_forms(*kernels_, input, forms, view_.activation, thread, num_threads);
     pool_->barrier();
   }

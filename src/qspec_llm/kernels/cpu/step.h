@@ -13,7 +13,8 @@ namespace qspec {
 struct Sizes {
   int64_t hidden, intermediate, num_heads, num_kv_heads, head_dim, vocabulary;
   float eps;
-  bool is_float;  // activations are float32, not bf16
+  bool is_float;     // activations are float32, not bf16
+  int64_t hadamard;  // largest order of the rotation of the layers' inputs; 0: none
 };
 
 // Weights of a layer. Norms are float32 vectors; q_norm and k_norm may be null.
@@ -31,8 +32,9 @@ class Step {
   void set_cache(std::vector<Pools> pools);
 
   // Logits [num_logits, vocabulary] of some rows; K and V of all rows are written.
-  void forward(const int64_t* tokens, const RowTable& rows, View view, const int64_t* logit_rows,
-               int64_t num_logits, float* logits);
+  // `head_activation` is what the head sees in a draft.
+  void forward(const int64_t* tokens, const RowTable& rows, View view, Activation head_activation,
+               const int64_t* logit_rows, int64_t num_logits, float* logits);
 
  private:
   enum Stage { kQkv, kOutput, kGateUp, kDown, kHead, kNumStages };
@@ -41,6 +43,8 @@ class Step {
              int64_t num_logits) const;
   void run_rows(const int64_t* tokens, const RowTable& rows, int64_t first, int64_t last);
   void run_head(int64_t num_logits, float* logits);
+  int64_t input_size(Stage stage) const;
+  int64_t order(Stage stage) const;
   void reserve(int64_t num_rows);
   const Input& ready(int thread, Stage stage, uint32_t forms, const float* norm);
   void run_layer(int thread, size_t index);
@@ -67,7 +71,8 @@ class Step {
   const int64_t *positions_ = nullptr, *slots_ = nullptr;
   bool has_own_inputs_ = false;  // every thread prepares its own: few rows
   std::vector<float> x_, qkv_, attended_, sum_, gate_up_, activated_, wanted_;
-  std::vector<std::vector<float>> normed_;      // one a thread
+  // one a thread: inputs after a norm, and those of kOutput and kDown after a rotation
+  std::vector<std::vector<float>> normed_, turned_;
   std::vector<std::vector<InputStore>> inputs_;  // [threads][stages]
   std::vector<Shares> loops_;  // one for each parallel loop of a step
   Attention attention_;

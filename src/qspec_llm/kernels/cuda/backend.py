@@ -9,6 +9,7 @@ from qspec_llm.kernels.cuda.matrices import buffers, embed, linear, pack, read_m
 from qspec_llm.kernels.cuda.ops import (  # noqa: E402
     attention,
     configure,
+    hadamard,
     num_threads,
     rms_norm,
     rope,
@@ -24,6 +25,7 @@ __all__ = [
     "configure",
     "device",
     "embed",
+    "hadamard",
     "linear",
     "name",
     "num_threads",

@@ -9,11 +9,13 @@ from qspec_llm.kernels.cuda import attention as decode_attention
 from qspec_llm.kernels.cuda import rows as row_kernels
 from qspec_llm.kernels.triton import prompt
 from qspec_llm.kernels.triton import rope as rotation
+from qspec_llm.weights.hadamard import transform
 from qspec_llm.weights.view import View
 
 __all__ = [
     "attention",
     "configure",
+    "hadamard",
     "num_threads",
     "rms_norm",
     "rope",
@@ -64,3 +66,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = row_kernels.silu_mul(gate_up)
     assert isinstance(out, Tensor)
     return out
+
+
+def hadamard(x: Tensor, order: int) -> Tensor:
+    """x [R, K] times H (x) I, H of `order` rows: the reference's additions, on the GPU."""
+    return transform(x.float(), order).to(x.dtype)

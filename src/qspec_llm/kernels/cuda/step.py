@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Forward, LayerKV, Rows
 from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.attention import rotate_write_attend
@@ -24,7 +25,16 @@ __all__ = ["whole_step"]
 
 
 def whole_step(decoder: Any) -> Forward | None:
-    """A replacement for `Decoder.forward` with equal results."""
+    """A replacement for `Decoder.forward` with equal results.
+
+    Raises:
+        QSpecError: the model is rotated, which the fused kernels do not compute yet.
+    """
+    if decoder.config.hadamard is not None:
+        raise QSpecError(
+            "the linears of this model take rotated inputs, which backend 'cuda' does not support "
+            "yet; use --backend cpu"
+        )
     return _WholeStep(decoder)
 
 
