@@ -1,6 +1,7 @@
 """Quantising whole models: what the streams stand for, resuming, and what comes out."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -208,6 +209,28 @@ def test_the_stream_of_int4_is_the_target_itself(
         assert (found[row] - logits).norm() < 0.05 * logits.norm()
 
 
+@pytest.mark.parametrize("method", ["rtn", "mse", "gptq"])
+def test_offsets_help_weights_that_are_not_centred(
+    model: Path, tmp_path: Path, text: CalibrationText, method: str
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            tensor.copy_((tensor.float() + 0.6).bfloat16())
+    save_file(tensors, moved / "model.safetensors")
+    errors = {}
+    for is_asymmetric in (False, True):
+        how = Options(target=Target.INT4, method=Method(method), group=32, asymmetric=is_asymmetric)
+        path = tmp_path / f"{is_asymmetric}"
+        report = run(moved, path, text, how)
+        errors[is_asymmetric] = sum(sum(layer.errors.values()) for layer in report.layers)
+        stored = open_checkpoint(path).read("model.layers.0.mlp.up_proj.weight", Target.INT4)
+        assert stored.spec.has_offset is is_asymmetric
+    assert errors[True] < 0.8 * errors[False]
+
+
 def test_a_rotated_model_agrees_with_four_bit_activations(uneven: Path, tmp_path: Path) -> None:
     """Channels that are 30 times larger than others cost a plain a4 draft, not a rotated one."""
     tokenizer = HFTokenizer(uneven)
@@ -308,6 +331,14 @@ def test_the_index_says_how_it_was_made(model: Path, tmp_path: Path, text: Calib
     [
         (lambda: options("int8", "gptq"), "nothing to choose for target 'int8'"),
         (lambda: rotating("bf16", "gptq"), "target 'bf16' cannot be rotated"),
+        (
+            lambda: Options(target=Target.BF16, method=Method.GPTQ, group=32, asymmetric=True),
+            "target 'bf16' has no offsets",
+        ),
+        (
+            lambda: Options(target=Target.INT4, method=Method.AWQ, group=32, asymmetric=True),
+            "offsets with them inexactly",
+        ),
         (lambda: rotating("int4", "awq"), "use --method gptq or mse with --rotate"),
         (lambda: encode(SENTENCES[:1], ByteEncoder(), 100), "gives 1 sequences"),
         (lambda: read_samples("nowhere.jsonl"), "cannot be read"),

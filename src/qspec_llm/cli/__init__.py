@@ -151,6 +151,11 @@ def _add_quantize(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="activations that the draft will see (default: %(default)s)",
     )
     parser.add_argument(
+        "--asymmetric",
+        action="store_true",
+        help="int4 alone: an offset for each group too, 5 bits a weight instead of 4.5",
+    )
+    parser.add_argument(
         "--rotate",
         action="store_true",
         help="int4 alone: rotate the inputs of linears, which makes drafts with a4 agree",

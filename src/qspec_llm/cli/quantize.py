@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         group=args.group,
         draft=parse_choice(Activation, args.draft, "draft"),
         rotate=args.rotate,
+        asymmetric=args.asymmetric,
     )
     tokenizer = HFTokenizer(path)
     text = encode(read_samples(args.calibration), tokenizer, args.calibration_tokens)

@@ -48,6 +48,8 @@ class Options:
         draft: activations that the draft will see.
         rotate: whether linears take rotated inputs (`weights.rotation`), so that 4-bit activations
             agree; only `int4`, since another target is the original's weights, unrotated.
+        asymmetric: whether a group has an offset besides its scale (`int4` alone): 5 bits a weight
+            instead of 4.5 in groups of 32.
     """
 
     target: Target
@@ -55,6 +57,7 @@ class Options:
     group: int
     draft: Activation = Activation.A8
     rotate: bool = False
+    asymmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -68,6 +71,15 @@ class Options:
             raise QSpecError(
                 f"target {self.target.value!r} cannot be rotated: it is the original's weights, "
                 "which a rotation changes; use --target int4"
+            )
+        if self.asymmetric and self.target is not Target.INT4:
+            raise QSpecError(
+                f"target {self.target.value!r} has no offsets; --asymmetric goes with --target int4"
+            )
+        if self.asymmetric and self.method is Method.AWQ:
+            raise QSpecError(
+                "method 'awq' scales rows, and offsets with them inexactly; use --method gptq or "
+                "mse with --asymmetric"
             )
         if self.rotate and self.method is Method.AWQ:
             raise QSpecError(
@@ -152,6 +164,7 @@ def quantize(
         "group": options.group,
         "draft": options.draft.value,
         "rotated": options.rotate,
+        "asymmetric": options.asymmetric,
         "calibration_tokens": text.num_fitted,
         "agreement": report.agreement,
     }
@@ -261,7 +274,14 @@ class _Run:
                 must_be_exact = before.endswith("up_proj.weight")
                 scale = input_scales(weight, moments, method, recipe, is_power_of_two=must_be_exact)
             if before is None or scale is None:
-                parts = store_matrices(weight, sizes, moments, method, recipe)
+                parts = store_matrices(
+                    weight,
+                    sizes,
+                    moments,
+                    method,
+                    recipe,
+                    is_asymmetric=self._options.asymmetric,
+                )
                 seen = [self._seen(part) for part in parts]
             else:
                 wide, inputs = weight * scale, moments.divided(scale)

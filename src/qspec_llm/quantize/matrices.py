@@ -13,10 +13,13 @@ from qspec_llm.weights.methods import (
     fit_levels,
     input_scale,
     refit_scale,
+    search_offset,
     search_scale,
     symmetric_range,
     toward_zero_range,
+    unsigned_range,
 )
+from qspec_llm.weights.methods.clip import NUM_RATIOS
 from qspec_llm.weights.planes import GROUPS, Stored
 from qspec_llm.weights.quantize import Choice, Recipe, Target, nest
 
@@ -42,7 +45,13 @@ class Method(StrEnum):
 
 
 def store_matrices(
-    weight: Tensor, sizes: list[int], moments: Moments, method: Method, recipe: Recipe
+    weight: Tensor,
+    sizes: list[int],
+    moments: Moments,
+    method: Method,
+    recipe: Recipe,
+    *,
+    is_asymmetric: bool = False,
 ) -> list[Stored]:
     """Nest matrices that share an input.
 
@@ -53,12 +62,14 @@ def store_matrices(
         method: how codes are chosen. A matrix that the format cannot hold stays dense whatever the
             method, and one whose columns no group size divides.
         recipe: target and group size.
+        is_asymmetric: whether groups have an offset too (`int4` alone).
     """
-    choice = _choose(weight, moments, method, recipe)
+    choose = _choose_asymmetric if is_asymmetric else _choose
+    choice = choose(weight, moments, method, recipe)
     recipe = replace(recipe, clip_steps=1 if method is Method.RTN else recipe.clip_steps)
     stored = []
     for rows in _row_ranges(sizes):
-        part = None if choice is None else Choice(choice.scale[rows], choice.levels[rows])
+        part = None if choice is None else choice.rows(rows)
         stored.append(nest(weight[rows], recipe, choice=part))
     return stored
 
@@ -93,6 +104,25 @@ def _choose(weight: Tensor, moments: Moments, method: Method, recipe: Recipe) ->
     wanted, curvature = compensated(weight, moments, COMPENSATION, DAMPING), moments.damped(DAMPING)
     chosen = fit_levels(wanted, scale, levels, curvature)
     return Choice(refit_scale(chosen, wanted, scale, curvature), chosen)
+
+
+def _choose_asymmetric(
+    weight: Tensor, moments: Moments, method: Method, recipe: Recipe
+) -> Choice | None:
+    """With an offset for each group: the same methods on what is left of the weights."""
+    group = _group(weight, recipe)
+    if group is None:
+        return None
+    importance = moments.second.diagonal() if method in (Method.AWQ, Method.GPTQ) else None
+    num_ratios = 1 if method is Method.RTN else NUM_RATIOS
+    scale, offset = search_offset(weight, group, importance, num_ratios=num_ratios)
+    levels, shift = unsigned_range(), offset.repeat_interleave(group, 1)
+    if method is not Method.GPTQ:
+        return Choice(scale, _nearest(weight - shift, scale, levels), offset)
+    wanted = compensated(weight, moments, COMPENSATION, DAMPING) - shift
+    curvature = moments.damped(DAMPING)
+    chosen = fit_levels(wanted, scale, levels, curvature)
+    return Choice(refit_scale(chosen, wanted, scale, curvature), chosen, offset)
 
 
 def _nearest(weight: Tensor, scale: Tensor, levels: LevelRange) -> Tensor:

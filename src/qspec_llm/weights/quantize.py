@@ -74,10 +74,18 @@ class Choice:
     Attributes:
         scale: [N, K/G] float32 values that bf16 holds.
         levels: [N, K] int8; on the signed grid none lies across zero from its weight.
+        offset: [N, K/G] float32 values that bf16 holds, for an asymmetric `int4`: weights are then
+            level * scale + offset with levels 0..15; None for levels -8..7 without one.
     """
 
     scale: Tensor
     levels: Tensor
+    offset: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Choice":
+        """The choice for some rows."""
+        offset = None if self.offset is None else self.offset[rows]
+        return Choice(self.scale[rows], self.levels[rows], offset)
 
     def block(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Scales [rows, K/G] and levels [rows, K/G, G] of some rows."""
@@ -211,14 +219,29 @@ def _signed8_block(grouped: Tensor, group: int) -> dict[str, Tensor]:
 def nest_affine(
     weight: Tensor, group: int, clip_steps: int = 1, choice: Choice | None = None
 ) -> Planes:
-    """Quantise weights [N, K] to symmetric 4-bit codes (`int4` target): w = (c - 8) s."""
-    spec = PlaneSpec(weight.shape[0], weight.shape[1], group=group, bits=4, grid=Grid.AFFINE)
+    """Quantise weights [N, K] to 4-bit codes (`int4` target): w = (c - 8) s, or c s + b where a
+    choice has offsets."""
+    has_offset = choice is not None and choice.offset is not None
+    spec = PlaneSpec(
+        weight.shape[0],
+        weight.shape[1],
+        group=group,
+        bits=4,
+        grid=Grid.AFFINE,
+        has_offset=has_offset,
+    )
 
     def encode(block: Tensor, rows: slice) -> dict[str, Tensor]:
         if choice is None:
             return _affine_block(block, group, clip_steps)
         scale, levels = choice.block(rows)
-        return {"q4": _pack((levels + 8).to(torch.uint8), group), "scale": _in_range(scale)}
+        if choice.offset is None:
+            return {"q4": _pack((levels + 8).to(torch.uint8), group), "scale": _in_range(scale)}
+        return {
+            "q4": _pack(levels.to(torch.uint8), group),
+            "scale": _in_range(scale),
+            "offset": choice.offset[rows].to(torch.bfloat16),
+        }
 
     return _by_blocks(weight, spec, encode)
 

@@ -7,9 +7,14 @@ What the levels mean is `qspec_llm.weights.planes`, how they become planes
 """
 
 from qspec_llm.weights.methods.awq import input_scale
-from qspec_llm.weights.methods.clip import search_scale
+from qspec_llm.weights.methods.clip import search_offset, search_scale
 from qspec_llm.weights.methods.gptq import fit_levels, improve_levels, refit_scale
-from qspec_llm.weights.methods.levels import LevelRange, symmetric_range, toward_zero_range
+from qspec_llm.weights.methods.levels import (
+    LevelRange,
+    symmetric_range,
+    toward_zero_range,
+    unsigned_range,
+)
 from qspec_llm.weights.methods.moments import Moments, compensated
 
 __all__ = [
@@ -20,7 +25,9 @@ __all__ = [
     "improve_levels",
     "input_scale",
     "refit_scale",
+    "search_offset",
     "search_scale",
     "symmetric_range",
     "toward_zero_range",
+    "unsigned_range",
 ]

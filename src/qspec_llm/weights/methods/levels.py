@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LevelRange", "symmetric_range", "toward_zero_range"]
+__all__ = ["LevelRange", "symmetric_range", "toward_zero_range", "unsigned_range"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,8 @@ def toward_zero_range(weight: Tensor) -> LevelRange:
 def symmetric_range() -> LevelRange:
     """Symmetric 4-bit codes: -8..7 everywhere."""
     return LevelRange(torch.tensor([[-8]]), torch.tensor([[7]]), 7.5)
+
+
+def unsigned_range() -> LevelRange:
+    """The codes themselves, 0..15, of weights less their group's offset."""
+    return LevelRange(torch.tensor([[0]]), torch.tensor([[15]]), 15.0)
