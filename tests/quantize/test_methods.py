@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qspec_llm.quantize.matrices import Method, store_matrices
 from qspec_llm.weights.methods import (
     LevelRange,
     Moments,
@@ -15,6 +16,8 @@ from qspec_llm.weights.methods import (
     symmetric_range,
     toward_zero_range,
 )
+from qspec_llm.weights.planes import verify_weight
+from qspec_llm.weights.quantize import Recipe, Target
 
 N, K, GROUP = 48, 128, 32
 
@@ -91,6 +94,26 @@ def test_negative_zero_is_negative() -> None:
     levels = toward_zero_range(torch.tensor([[-0.0, 0.0]]))
     assert levels.low.tolist() == [[-7, 0]]
     assert levels.high.tolist() == [[0, 7]]
+
+
+@pytest.mark.parametrize("method", [Method.RTN, Method.MSE, Method.AWQ, Method.GPTQ])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_offsets_lower_the_error(
+    weight: Tensor, inputs: Tensor, method: Method, shift: float
+) -> None:
+    """By a little where weights are centred, by much where they are not."""
+    weight, moments = (weight + shift).bfloat16().float(), Moments.of(inputs)
+    recipe = Recipe(Target.INT4, GROUP)
+    symmetric, asymmetric = (
+        store_matrices(weight, [20, N - 20], moments, method, recipe, is_asymmetric=flag)
+        for flag in (False, True)
+    )
+    losses = [
+        loss(torch.cat([verify_weight(part) for part in parts]), weight, moments)
+        for parts in (symmetric, asymmetric)
+    ]
+    assert losses[1] < (0.95 if shift == 0 else 0.7) * losses[0]
+    assert [part.spec.has_offset for part in asymmetric] == [True, True]
 
 
 def test_gptq_equals_its_textbook_form(weight: Tensor, inputs: Tensor) -> None:
