@@ -114,9 +114,9 @@ def test_a_model_is_served_measured_and_compared_with_the_offline_api(model_dir,
 
 
 def test_serving_needs_no_key_and_lets_nobody_in_by_default(make_llm):
-    from qspec_llm.cli import _parser
+    from qspec_llm.cli.parser import parser
 
-    args = _parser().parse_args(["serve", "smollm2"])
+    args = parser().parse_args(["serve", "smollm2"])
     assert args.host == "127.0.0.1"
     with running(make_llm(max_tokens_in_kv=512)) as one:
         assert one.url.startswith("http://127.0.0.1")
