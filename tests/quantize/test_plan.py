@@ -49,6 +49,10 @@ def costs(draft: float, *, per_row: float = 0.02) -> StepCosts:
     return StepCosts((1,), tuple(range(9)), (draft,), (verify,), 0.0, 0.0)
 
 
+def costs_by_bytes(runner, tokenizer, view, max_batch, seconds) -> StepCosts:
+    return costs(runner.decoder.draft_bytes / 1e6)
+
+
 def unit(name: str, at4: float, at8: float, more_bytes: int = 100) -> Unit:
     return Unit((name,), {(4, a): at4 for a in (A8, A16)} | {(8, a): at8 for a in (A8, A16)},
                 more_bytes)  # fmt: skip
@@ -161,7 +165,7 @@ def test_a_plan_is_stored_and_used(
 ) -> None:
     path = nested(model, tmp_path / "q", text, target)
     before = json.loads((path / "qspec.json").read_text())
-    monkeypatch.setattr(LLM, "step_costs", lambda self: costs(self.decoder.draft_bytes / 1e6))
+    monkeypatch.setattr(planning, "measure_costs", costs_by_bytes)
     plan = make_plan(path, text).plan
     index = json.loads((path / "qspec.json").read_text())
     assert index["plan"]["gamma"] == plan.gamma
@@ -180,6 +184,27 @@ def test_a_plan_is_stored_and_used(
     assert llm.config.draft is plan.draft
     assert llm.config.gamma == plan.gamma
     assert LLM(path, draft="a4", gamma=3, max_tokens_in_kv=512).config.gamma == 3
+
+
+def test_noise_is_taken_out_of_costs(
+    model: Path, tmp_path: Path, text: CalibrationText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each measurement is slow somewhere else; none of it is left."""
+    llm = LLM(nested(model, tmp_path / "q", text, "bf16"), max_tokens_in_kv=512)
+    calls = iter(range(100))
+
+    def noisy(runner, tokenizer, view, max_batch, seconds) -> StepCosts:
+        number = next(calls)
+        verify = [1.0 + 0.02 * gamma for gamma in range(9)]
+        verify[number % 6] += 0.5
+        draft = 0.3 if view.activation is A8 else 0.4
+        return StepCosts(
+            (1,), tuple(range(9)), (draft + (number < 3) / 2,), (tuple(verify),), 0.0, 0.0
+        )
+
+    monkeypatch.setattr(planning, "measure_costs", noisy)
+    found = planning._costs(llm, [A8, A16])
+    assert found == {A8: costs(0.3), A16: costs(0.4)}
 
 
 def test_fixed_bits_are_stored(model: Path, tmp_path: Path, text: CalibrationText) -> None:

@@ -17,6 +17,7 @@ __all__ = ["parser"]
 
 
 def parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
     parser = Parser(
         prog="qspec",
         allow_abbrev=False,
