@@ -39,13 +39,6 @@ SENTENCES = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    write_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def text(model: Path) -> CalibrationText:
     return encode(SENTENCES, HFTokenizer(model), 10_000)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers_model_dir import write_model
 from qspec_llm.engine.costs import StepCosts
 from qspec_llm.eval.forced import Script, read_along, runner_for
 from qspec_llm.llm import LLM
@@ -24,13 +23,6 @@ from qspec_llm.weights.view import Activation, draft_view
 
 A8, A16 = Activation.A8, Activation.A16
 LINES = [f"{word} and {word} again, for the {n}th time" for n, word in enumerate("abcdefgh")]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    write_model(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from qspec_llm.engine.emit import Segment
@@ -32,14 +33,15 @@ __all__ = [
 DRAFTED_STYLE, VERIFIED_STYLE = "green", "bold yellow"
 
 
-def progress_bar() -> Progress:
-    """A bar on stderr; silent where that is no terminal."""
+def progress_bar(*, is_long: bool = False) -> Progress:
+    """A bar on stderr, with the time left where it `is_long`; silent where that is no terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *([TimeRemainingColumn()] if is_long else []),
         console=console,
         transient=True,
         disable=not console.is_terminal,

@@ -9,16 +9,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
+from qspec_llm.cli.common import progress_bar
 from qspec_llm.cli.plan import sentence
 from qspec_llm.config import parse_choice, resolve_target
 from qspec_llm.errors import QSpecError
@@ -55,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     )
     tokenizer = HFTokenizer(path)
     text = encode(read_samples(args.calibration), tokenizer, args.calibration_tokens)
-    with _bar() as bar:
+    with progress_bar(is_long=True) as bar:
         task = bar.add_task(f"quantising with {options.method.value}", total=None)
         report = quantize(
             checkpoint,
@@ -76,20 +69,6 @@ def run(args: argparse.Namespace) -> None:
     _show(args, options, report)
     if plan is not None:
         print(sentence(plan))
-
-
-def _bar() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _values(
