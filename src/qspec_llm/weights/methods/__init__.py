@@ -8,7 +8,7 @@ What the levels mean is `qspec_llm.weights.planes`, how they become planes
 
 from qspec_llm.weights.methods.awq import input_scale
 from qspec_llm.weights.methods.clip import search_offset, search_scale
-from qspec_llm.weights.methods.gptq import fit_levels, improve_levels, refit_scale
+from qspec_llm.weights.methods.gptq import fit_levels, refit_scale
 from qspec_llm.weights.methods.levels import (
     LevelRange,
     symmetric_range,
@@ -22,7 +22,6 @@ __all__ = [
     "Moments",
     "compensated",
     "fit_levels",
-    "improve_levels",
     "input_scale",
     "refit_scale",
     "search_offset",

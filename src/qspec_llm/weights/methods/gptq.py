@@ -1,10 +1,10 @@
 """Levels that make up for each other's rounding, given the second moment of the inputs.
 
 `fit_levels` is GPTQ (Frantar et al. 2023, arXiv 2210.17323, algorithm 1): columns are rounded one
-after the other, and what one loses is put on those that come after. `improve_levels` goes over the
-result once more and moves single levels where that lowers the error (coordinate descent, as in
-QuantEase, Behdin et al. 2023, arXiv 2309.01885). `refit_scale` solves for the scales that suit the
-levels. Each works within a `LevelRange`, so that the signed grid keeps its signs.
+after the other, and what one loses is put on those that come after. `refit_scale` solves for the
+scales that suit the levels. Each works within a `LevelRange`, so that the signed grid keeps its
+signs. Moving single levels afterwards (coordinate descent, as in QuantEase, Behdin et al. 2023,
+arXiv 2309.01885) was tried and gained too little to stay (docs/quantising.md).
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qspec_llm.weights.methods.levels import LevelRange
 
-__all__ = ["fit_levels", "improve_levels", "refit_scale"]
+__all__ = ["fit_levels", "refit_scale"]
 
 BLOCK = 32  # columns that are rounded one by one before the rest of the matrix hears of it
 ROWS = 8192  # rows at a time: the vocabulary has many
@@ -58,42 +58,6 @@ def _fit_rows(weight: Tensor, scale: Tensor, levels: LevelRange, upper: Tensor) 
             columns[i:].addr_(corner[i, i:], losses[i], alpha=-1)
             chosen[:, column] = level.to(torch.int8)
         rest[:, block.stop :] -= losses.T @ upper[block, block.stop :]
-    return chosen
-
-
-def improve_levels(
-    chosen: Tensor, weight: Tensor, scale: Tensor, levels: LevelRange, second_moment: Tensor
-) -> Tensor:
-    """One round of coordinate descent over all levels; arguments as in `fit_levels`."""
-    parts = [
-        _improve_rows(chosen[rows], weight[rows], scale[rows], levels.rows(rows), second_moment)
-        for rows in _row_blocks(len(weight))
-    ]
-    return torch.cat(parts)
-
-
-def _improve_rows(
-    chosen: Tensor, weight: Tensor, scale: Tensor, levels: LevelRange, second_moment: Tensor
-) -> Tensor:
-    num_cols = weight.shape[1]
-    group = num_cols // scale.shape[1]
-    chosen = chosen.clone()
-    steps = scale.repeat_interleave(group, 1)
-    slope = (weight - chosen * steps) @ second_moment  # half the descent direction, [rows, K]
-    for start in range(0, num_cols, BLOCK):
-        block = slice(start, min(start + BLOCK, num_cols))
-        slopes = slope[:, block].T.contiguous()
-        corner = second_moment[block, block]
-        moved = torch.empty_like(slopes)
-        for i, column in enumerate(range(block.start, block.stop)):
-            step = scale[:, column // group]
-            old = chosen[:, column] * step
-            limits = levels.columns(slice(column, column + 1))
-            best = limits.nearest((old + slopes[i] / corner[i, i])[:, None], step[:, None])[:, 0]
-            moved[i] = best * step - old
-            slopes.addr_(corner[i], moved[i], alpha=-1)
-            chosen[:, column] = best.to(torch.int8)
-        slope[:, block.stop :] -= moved.T @ second_moment[block, block.stop :]
     return chosen
 
 
