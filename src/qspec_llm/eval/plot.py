@@ -80,16 +80,11 @@ def plot_plan(
     """
     pyplot = need_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
-    for name, plans in candidates.items():
-        megabytes = [more / 1e6 for more, _, _ in plans]
-        marker = "o" if len(plans) == 1 else None
-        left.plot(megabytes, [s for _, _, s in plans], marker=marker, label=f"{name}: speed-up")
-        left.plot(
-            megabytes, [a for _, a, _ in plans], marker=marker, linestyle="--",
-            label=f"{name}: agreement",
-        )  # fmt: skip
-    left.plot(chosen[0] / 1e6, chosen[1], "k*", markersize=12, label="chosen")
-    left.set(xlabel="MB that a draft reads more than at 4 bits", title=title, ylim=(0, None))
+    if any(more for plans in candidates.values() for more, _, _ in plans):
+        _draw_frontier(left, candidates, chosen)
+    else:
+        _draw_choices(left, candidates)
+    left.set(title=title, ylim=(0, None))
     left.legend()
     left.grid(alpha=0.3)
     bottom = [0.0] * max((len(values) for values in divergences.values()), default=0)
@@ -99,6 +94,33 @@ def plot_plan(
     right.set(xlabel="layer", ylabel="divergence at 4 bits, nats")
     right.legend()
     return _save(pyplot, figure, right, directory, "plan")
+
+
+def _draw_frontier(
+    axis: Any,
+    candidates: Mapping[str, Sequence[tuple[int, float, float]]],
+    chosen: tuple[int, float],
+) -> None:
+    """Speed-up and agreement by the bytes that a draft reads."""
+    for name, plans in candidates.items():
+        megabytes = [more / 1e6 for more, _, _ in plans]
+        axis.plot(megabytes, [speedup for _, _, speedup in plans], label=f"{name}: speed-up")
+        axis.plot(
+            megabytes, [agreement for _, agreement, _ in plans], "--", label=f"{name}: agreement"
+        )
+    axis.plot(chosen[0] / 1e6, chosen[1], "k*", markersize=12, label="chosen")
+    axis.set(xlabel="MB that a draft reads more than at 4 bits")
+
+
+def _draw_choices(axis: Any, candidates: Mapping[str, Sequence[tuple[int, float, float]]]) -> None:
+    """The same where activations are all there is to choose."""
+    places = range(len(candidates))
+    for offset, index, label in ((-0.2, 2, "expected speed-up"), (0.2, 1, "agreement")):
+        values = [plans[0][index] for plans in candidates.values()]
+        bars = axis.bar([place + offset for place in places], values, 0.38, label=label)
+        axis.bar_label(bars, fmt="%.2f")
+    axis.set_xticks(list(places), list(candidates))
+    axis.set(xlabel="activations of the draft")
 
 
 def _save(pyplot: Any, figure: Any, axis: Any, directory: Path, name: str) -> list[Path]:

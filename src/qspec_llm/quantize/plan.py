@@ -34,7 +34,7 @@ from qspec_llm.weights.view import Activation, draft_view
 
 __all__ = ["Plan", "Planned", "choose", "expected_speedup", "make_plan", "set_draft_bits"]
 
-KEYS = 256  # that a step's rows see where plans are compared
+KEYS = 128  # that a step's rows see where plans are compared
 PLAN_TOKENS = 2048  # of text that plans are judged by
 LEAST_GAIN = 1.03  # of one plan over an earlier one: less is within the noise
 ROUNDS, SECONDS = 3, 4.0  # in turn, of measured costs, for each kind of activations
