@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,15 @@ __all__ = ["Worker"]
 
 logger = logging.getLogger("qspec")
 
-# A chunk costs some 100 us of the cores that the kernels share, in this process and the client's.
-# Where many answers grow at once and steps are short, news of several steps travel together.
+# Where many answers grow at once and steps are short, news of several steps travel together: a
+# chunk costs the cores that the kernels share, in this process and the client's.
 MANY_RUNNING = 4  # requests
-DELIVER_EVERY = 0.025  # seconds; what begins or ends an answer waits for nothing
+CHUNK_SECONDS = 100e-6  # of a core, measured with SmolLM2 on two cores
+CHUNK_SHARE = 0.025  # of the time, what chunks may take
+LONGEST_WAIT = 0.1  # seconds; what begins or ends an answer waits for nothing
+# Requests that come together begin together: the first step after a rest waits so long for those
+# that are being read. Nobody waits for a client alone.
+GATHER_SECONDS = 0.005
 
 
 @dataclass(eq=False)
@@ -73,6 +79,8 @@ class Worker(threading.Thread):
         self._jobs: set[Job] = set()  # submitted, not ended
         self._grown: dict[int, _Entry] = {}  # those with news to deliver
         self._delivered = 0.0  # when news went out last
+        # when requests came that are being read; wrong ones fall out as others come
+        self._reading: deque[float] = deque(maxlen=max(max_waiting, 1))
 
     @property
     def is_healthy(self) -> bool:
@@ -84,8 +92,14 @@ class Worker(threading.Thread):
         """Whether so many completions wait that more should be refused."""
         return len(self._queued) >= self._max_waiting
 
+    def expect(self) -> None:
+        """Say that a request is being read, and will be submitted unless it is wrong."""
+        self._reading.append(time.perf_counter())
+
     def submit(self, job: Job) -> None:
         """Queue a job; its completions are refused together or taken together."""
+        if self._reading:
+            self._reading.popleft()
         self._commands.put(partial(self._add, job))
 
     def cancel(self, job: Job) -> None:
@@ -111,16 +125,24 @@ class Worker(threading.Thread):
 
     def _obey(self) -> bool:
         """Carry out what was asked; waits if there is nothing else to do. False: stop."""
-        is_waiting = not self._engine.has_work
+        gathering_until = 0.0
         while True:
+            is_idle = not self._engine.has_work
+            left = gathering_until - time.perf_counter()
+            must_wait = is_idle or (left > 0 and self._is_expecting())
             try:
-                command = self._commands.get(block=is_waiting)
+                command = self._commands.get(must_wait, None if is_idle else max(left, 0.0))
             except queue.Empty:
                 return True
             if command is None:
                 return False
             command()
-            is_waiting = not self._engine.has_work
+            if is_idle:
+                gathering_until = time.perf_counter() + GATHER_SECONDS
+
+    def _is_expecting(self) -> bool:
+        """Whether a request that came a moment ago is still being read."""
+        return bool(self._reading) and time.perf_counter() - self._reading[-1] < GATHER_SECONDS
 
     def _add(self, job: Job) -> None:
         self._jobs.add(job)
@@ -169,7 +191,8 @@ class Worker(threading.Thread):
         for entry in [entry for entry in self._queued.values() if entry.request.committed]:
             del self._queued[entry.request.request_id]
             self._metrics.started(now - entry.arrived, entry.request)
-        is_urgent = len(self._engine.scheduler.running) < MANY_RUNNING
+        num_running = len(self._engine.scheduler.running)
+        is_urgent = num_running < MANY_RUNNING
         for request, num_before in grown:
             entry = self._grown[request.request_id] = self._entries[request.request_id]
             is_urgent |= entry.last_token is None or request.is_finished
@@ -179,7 +202,8 @@ class Worker(threading.Thread):
                 if all(each.is_finished for each in entry.job.requests):
                     self._jobs.discard(entry.job)
         self._metrics.state(self._engine)
-        if self._grown and (is_urgent or now - self._delivered >= DELIVER_EVERY):
+        wait = min(num_running * CHUNK_SECONDS / CHUNK_SHARE, LONGEST_WAIT)
+        if self._grown and (is_urgent or now - self._delivered >= wait):
             self._deliver()
             self._delivered = now
 
