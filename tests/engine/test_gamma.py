@@ -307,6 +307,7 @@ def test_measured_costs_are_kept_and_read(tmp_path):
     assert measured.batches[0] == 1
     assert measured.batches[-1] == 3
     assert all(seconds > 0 for row in measured.verify for seconds in row)
+    assert 0 <= measured.draft_per_key <= measured.verify_per_key
     key = {"model": "tiny", "threads": 1}
     assert load_costs(tmp_path, key) is None
     save_costs(tmp_path / "new", key, measured)

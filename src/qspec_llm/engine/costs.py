@@ -134,6 +134,8 @@ def measure_costs(
     cases["verify", 1, 0, long] = _bind(steps.verify, 1, 0, long)
     seconds = _measure(cases, budget)
     more_keys = max(long - short, 1)
+    verify_per_key = max(seconds["verify", 1, 0, long] - seconds["verify", 1, 0, short], 0)
+    draft_per_key = max(seconds["draft", 1, long] - seconds["draft", 1, short], 0)
     return StepCosts(
         batches=tuple(batches),
         gammas=gammas,
@@ -144,9 +146,10 @@ def measure_costs(
             )
             for size in batches
         ),
-        draft_per_key=max(seconds["draft", 1, long] - seconds["draft", 1, short], 0) / more_keys,
-        verify_per_key=max(seconds["verify", 1, 0, long] - seconds["verify", 1, 0, short], 0)
-        / more_keys,
+        # A draft reads no more of a key than verifying does. What noise adds here would keep drafts
+        # from ever being tried, and so corrected, at a long context.
+        draft_per_key=min(draft_per_key, verify_per_key) / more_keys,
+        verify_per_key=verify_per_key / more_keys,
     )
 
 
