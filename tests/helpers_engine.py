@@ -39,6 +39,9 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token for token in token_ids if token < 256).decode(errors="replace")
 
+    def piece(self, token_id: int) -> str | None:
+        return chr(token_id) if token_id < 128 else None
+
 
 class PieceTokenizer:
     """Token i is the i-th of some strings."""
@@ -51,6 +54,9 @@ class PieceTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(self.pieces[token] for token in token_ids)
+
+    def piece(self, token_id: int) -> str | None:
+        return None
 
 
 # (whether it is the draft view, tokens so far) -> logits [vocabulary]

@@ -273,7 +273,7 @@ class LLM:
         requests = self.submit(self.engine, tokens, params or SamplingParams(), gamma)
         try:
             while self.engine.has_work:
-                self.engine.step()
+                self.engine.advance()
         except BaseException:
             _abort(self.engine, requests)
             raise

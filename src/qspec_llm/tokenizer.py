@@ -32,6 +32,7 @@ class HFTokenizer:
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             raise QSpecError(f"the tokenizer of {path} cannot be read: {reason}") from None
         self._fast: Any = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._pieces: dict[int, str | None] = {}  # found so far
 
     @property
     def has_chat_template(self) -> bool:
@@ -90,6 +91,34 @@ class HFTokenizer:
                 list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+    def piece(self, token_id: int) -> str | None:
+        """What a token adds behind whole characters; None where nothing, or where it depends."""
+        try:
+            return self._pieces[token_id]
+        except KeyError:
+            piece = self._pieces[token_id] = self._piece(token_id)
+            return piece
+
+    def _piece(self, token_id: int) -> str | None:
+        if self._fast is None or not self._joins_bytes:
+            return None
+        if token_id in self._tokenizer.added_tokens_decoder:
+            return None
+        name = self._fast.id_to_token(token_id)
+        if not name or any(character not in _BYTE_OF for character in name):
+            return None
+        try:
+            text = bytes(map(_BYTE_OF.__getitem__, name)).decode()
+        except UnicodeDecodeError:  # a part of a character
+            return None
+        return None if "\N{REPLACEMENT CHARACTER}" in text else text
+
+    @cached_property
+    def _joins_bytes(self) -> bool:
+        """Whether a text is nothing but the bytes of its tokens in a row."""
+        decoder = json.loads(self._fast.to_str())["decoder"]
+        return isinstance(decoder, dict) and decoder["type"] == "ByteLevel"
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; its name, if it is a special token."""

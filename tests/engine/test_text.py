@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers_engine import ByteTokenizer, PieceTokenizer
+from helpers_model_dir import write_tokenizer
 from qspec_llm.engine.text import TextStream
+from qspec_llm.hub import resolve_model
+from qspec_llm.tokenizer import HFTokenizer
 
 
 def stream(tokens, stop=(), tokenizer=None):
@@ -53,6 +56,9 @@ def test_a_character_spread_over_tokens_with_text_of_their_own():
         def decode(self, token_ids):
             pieces = [b"x\xf0\x9f", b"\x98", b"\x80y", b"z"]
             return b"".join(pieces[token] for token in token_ids).decode(errors="replace")
+
+        def piece(self, token_id):
+            return None
 
     deltas, text, _ = stream([0, 1, 2, 3], tokenizer=Halves())
     assert "".join(deltas) == text == "x😀yz"
@@ -149,3 +155,24 @@ def test_any_way_to_cut_text_into_tokens_gives_the_same_answer(seed):
     deltas, whole, is_stopped = stream(range(len(pieces)), ["XY"], PieceTokenizer(pieces))
     assert is_stopped
     assert whole == "".join(deltas) == text[:-3]
+
+
+@pytest.fixture(scope="module", params=["bytes", pytest.param("real", marks=pytest.mark.weights)])
+def tokenizer(request, tmp_path_factory):
+    if request.param == "real":
+        return HFTokenizer(resolve_model("smollm2"))
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path)
+    return HFTokenizer(path)
+
+
+def test_what_a_tokenizer_says_of_single_tokens_is_what_it_decodes(tokenizer):
+    size, draw = len(tokenizer.hf), random.Random(1)
+    known = [token for token in range(size) if tokenizer.piece(token) is not None]
+    assert len(known) >= 128
+    for _ in range(200):
+        # parts of characters, special tokens and whole words next to each other
+        some = [draw.randrange(min(size, 600)) for _ in range(20)] + draw.sample(known, 20)
+        tokens = draw.sample(some, 40)
+        deltas, text, _ = stream(tokens, tokenizer=tokenizer)
+        assert "".join(deltas) == text == tokenizer.decode(tokens)

@@ -203,7 +203,7 @@ def test_too_many_waiting_get_a_429(make_llm):
 def test_a_crash_of_the_engine_fails_what_runs_and_is_seen(make_llm):
     llm = make_llm(max_tokens_in_kv=1024)
     with running(llm) as server:
-        step, num_steps = llm.engine.step, 0
+        step, num_steps = llm.engine.advance, 0
 
         def fail_later():
             nonlocal num_steps
@@ -212,7 +212,7 @@ def test_a_crash_of_the_engine_fails_what_runs_and_is_seen(make_llm):
                 raise RuntimeError("the kernels are on fire")
             return step()
 
-        llm.engine.step = fail_later
+        llm.engine.advance = fail_later
         body = {"prompt": "d", "max_tokens": 800, "ignore_eos": True, "temperature": 0}
         answers = {}
 
@@ -357,6 +357,60 @@ def test_short_steps_of_many_answers_share_their_chunks(server, offline):
         ]
     assert sum(map(len, answers)) < 8 * 300 / 2
     assert len(ask(8)) == 300
+
+
+class Here:
+    """An event loop that calls at once, for a worker alone."""
+
+    def call_soon_threadsafe(self, call):
+        call()
+
+
+def test_requests_that_come_together_begin_together(make_llm, monkeypatch):
+    """The first step after a rest waits for what is being read, and for nothing else."""
+    from qspec_llm import SamplingParams
+    from qspec_llm.server import worker as module
+    from qspec_llm.server.jobs import Job, Submission
+    from qspec_llm.server.metrics import Metrics
+
+    monkeypatch.setattr(module, "GATHER_SECONDS", 20.0)
+    engine = make_llm(max_tokens_in_kv=512).engine
+    advance, sizes, failures = engine.advance, [], []
+
+    def watched():
+        grown = advance()
+        sizes.append(len(grown))
+        return grown
+
+    engine.advance = watched
+    one = module.Worker(engine, Here(), Metrics())
+    one.start()
+
+    def submit(index):
+        news = []
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+        one.submit(Job([Submission([index, 2, 3], params, gamma=0)], news.extend, failures.append))
+        return news
+
+    def wait_for(*all_news):
+        deadline = time.monotonic() + 10
+        while not all(news and news[-1].finished for news in all_news):
+            assert time.monotonic() < deadline, "an answer never came"
+            time.sleep(0.001)
+
+    for _ in range(3):
+        one.expect()
+    group = [submit(1), submit(2)]
+    time.sleep(0.1)
+    assert sizes == []
+    wait_for(*group, submit(3))
+    assert sizes[0] == 3
+    one.expect()  # a client alone waits for nobody
+    wait_for(submit(4))
+    one.stop()
+    one.join(10)
+    assert not failures
+    assert not one.is_alive()
 
 
 def random_body(rng, prompts):

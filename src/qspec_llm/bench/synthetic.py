@@ -46,6 +46,9 @@ class _NoText:
     def decode(self, token_ids: Sequence[int]) -> str:  # noqa: ARG002
         return ""
 
+    def piece(self, token_id: int) -> str | None:  # noqa: ARG002
+        return None
+
 
 def synthetic_decode(
     decoder: Decoder,

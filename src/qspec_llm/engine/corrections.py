@@ -2,67 +2,79 @@
 
 One factor for all would hide what matters: where verifying drafts takes longer than the table says
 and plain steps do not, a common factor lets drafts look as cheap as ever. So each size of step has
-its own, and what was not seen lately takes that of its kind.
+its own, and what was not seen lately takes that of its kind, or of all steps.
+
+A factor is the median of the last steps: single ones are held up by anything, and the first after
+a prompt are always slow.
 """
 
-from dataclasses import dataclass
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
 
 __all__ = ["Corrections", "Shape", "draft_shape", "verify_shape"]
 
 Shape = tuple[str, ...]  # from the general to the special: ("verify", "drafted", "3 4")
 
-LEAST_WEIGHT = 0.05  # of one cycle
+KEPT = 15  # steps of a shape
+DOUBT = 2  # steps of a shape that the factor of its kind counts for
 STALE_AFTER = 1000  # cycles: the machine may have changed
 
 
 @dataclass
-class _Factor:
-    value: float
-    count: int
-    seen: int  # number of the last cycle
+class _Seen:
+    """Steps of one shape or kind."""
+
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    count: int = 0
+    last: int = 0  # number of the last cycle
 
 
 class Corrections:
-    """Factors by shape; one that is unknown, or was not seen for long, is that of its kind."""
+    """Factors by shape; where little is known, or only from long ago, near that of its kind."""
 
     def __init__(self) -> None:
-        self._factors: dict[Shape, _Factor] = {}
+        self._seen: dict[Shape, _Seen] = {}
+        self._factors: dict[Shape, float] = {}  # worked out since the last step
         self._now = 0
 
     def tick(self) -> None:
         """A cycle has gone by."""
         self._now += 1
+        self._factors.clear()
 
     def of(self, shape: Shape) -> float:
         """Seconds that a step of this shape takes, in those of the table."""
-        kinds = (self._fresh(shape[:length]) for length in range(len(shape), 0, -1))
-        return next((factor.value for factor in kinds if factor is not None), 1.0)
+        if shape not in self._factors:
+            self._factors[shape] = self._factor(shape)
+        return self._factors[shape]
+
+    def _factor(self, shape: Shape) -> float:
+        seen = self._fresh(shape)
+        if not shape:
+            return statistics.median(seen.ratios) if seen else 1.0
+        kind = self.of(shape[:-1])
+        return statistics.median([*seen.ratios, *[kind] * DOUBT]) if seen else kind
 
     def count(self, shape: Shape) -> int:
         """Steps of a shape or kind that were noted, 0 if that is long ago."""
-        factor = self._fresh(shape)
-        return 0 if factor is None else factor.count
+        seen = self._fresh(shape)
+        return 0 if seen is None else seen.count
 
-    def _fresh(self, shape: Shape) -> _Factor | None:
-        factor = self._factors.get(shape)
-        is_fresh = factor is not None and self._now - factor.seen <= STALE_AFTER
-        return factor if is_fresh else None
+    def _fresh(self, shape: Shape) -> _Seen | None:
+        seen = self._seen.get(shape)
+        return seen if seen is not None and self._now - seen.last <= STALE_AFTER else None
 
     def learn(self, shape: Shape, ratio: float) -> None:
         """Note a step, for its shape and every kind it is of."""
-        before = self.of(shape)
-        for length in range(1, len(shape) + 1):
-            self._move(shape[:length], ratio, before)
-
-    def _move(self, shape: Shape, ratio: float, before: float) -> None:
-        factor = self._fresh(shape)
-        if factor is None:
-            factor = self._factors[shape] = _Factor(before, 0, self._now)
-        # a step that was held up counts as one that took twice as long, not 50 times
-        ratio = min(max(ratio, factor.value / 2), factor.value * 2)
-        factor.count += 1
-        factor.value += max(LEAST_WEIGHT, 1 / factor.count) * (ratio - factor.value)
-        factor.seen = self._now
+        self._factors.clear()
+        for length in range(len(shape) + 1):
+            seen = self._fresh(shape[:length])
+            if seen is None:
+                seen = self._seen[shape[:length]] = _Seen()
+            seen.ratios.append(ratio)
+            seen.count += 1
+            seen.last = self._now
 
 
 def draft_shape(num_requests: int) -> Shape:

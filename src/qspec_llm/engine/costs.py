@@ -74,19 +74,32 @@ class StepCosts:
     def verify_step(self, num_requests: int, num_rows: int, num_keys: float) -> float:
         """Seconds of a verify step: its rows, and the keys that all rows together see."""
         gamma = num_rows / num_requests - 1
-        seconds = [_interpolate(self.gammas[: len(row)], row, gamma) for row in self.verify]
-        extra = max(num_keys - SHORT * num_rows, 0) * self.verify_per_key
-        return _interpolate(self.batches, seconds, num_requests) + extra
+        left, right, share = _between(self.batches, num_requests)
+        seconds = self._verify_row(left, gamma)
+        if right != left:
+            seconds += share * (self._verify_row(right, gamma) - seconds)
+        return seconds + max(num_keys - SHORT * num_rows, 0) * self.verify_per_key
+
+    def _verify_row(self, index: int, gamma: float) -> float:
+        """Seconds at one measured batch size."""
+        row = self.verify[index]
+        return _interpolate(self.gammas[: len(row)], row, gamma)
+
+
+def _between(at: Sequence[int], where: float) -> tuple[int, int, float]:
+    """Two neighbours among what was measured, and how far from the first to the second."""
+    if len(at) == 1:
+        return 0, 0, 0.0
+    right = min(max(bisect_right(at, where), 1), len(at) - 1)
+    left = right - 1
+    share = (where - at[left]) / (at[right] - at[left])
+    return (left, left, 0.0) if share == 0 else (left, right, share)
 
 
 def _interpolate(at: Sequence[int], values: Sequence[float], where: float) -> float:
     """Linear between what was measured, and beyond it."""
-    if len(at) == 1:
-        return values[0]
-    right = min(max(bisect_right(at, where), 1), len(at) - 1)
-    left = right - 1
-    slope = (values[right] - values[left]) / (at[right] - at[left])
-    return values[left] + slope * (where - at[left])
+    left, right, share = _between(at, where)
+    return values[left] + share * (values[right] - values[left])
 
 
 def measure_costs(
@@ -121,6 +134,8 @@ def measure_costs(
     cases["verify", 1, 0, long] = _bind(steps.verify, 1, 0, long)
     seconds = _measure(cases, budget)
     more_keys = max(long - short, 1)
+    verify_per_key = max(seconds["verify", 1, 0, long] - seconds["verify", 1, 0, short], 0)
+    draft_per_key = max(seconds["draft", 1, long] - seconds["draft", 1, short], 0)
     return StepCosts(
         batches=tuple(batches),
         gammas=gammas,
@@ -131,9 +146,10 @@ def measure_costs(
             )
             for size in batches
         ),
-        draft_per_key=max(seconds["draft", 1, long] - seconds["draft", 1, short], 0) / more_keys,
-        verify_per_key=max(seconds["verify", 1, 0, long] - seconds["verify", 1, 0, short], 0)
-        / more_keys,
+        # A draft reads no more of a key than verifying does. What noise adds here would keep drafts
+        # from ever being tried, and so corrected, at a long context.
+        draft_per_key=min(draft_per_key, verify_per_key) / more_keys,
+        verify_per_key=verify_per_key / more_keys,
     )
 
 

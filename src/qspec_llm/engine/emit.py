@@ -1,11 +1,9 @@
-"""What a step tells the caller: new tokens, where they came from, and the text they complete."""
+"""What steps tell the caller: new tokens, where they came from, and the text they complete."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qspec_llm.engine.accept import Accepted
-from qspec_llm.engine.batch import Batch
 from qspec_llm.engine.request import FinishReason, Request
 
 __all__ = ["Emission", "Segment", "emit"]
@@ -26,7 +24,7 @@ class Emission:
     Attributes:
         request_id: whose.
         token_ids: tokens added.
-        num_drafted: how many of them came from the draft: the first ones of a step.
+        num_drafted: how many of them came from the draft.
         segments: text that is certain now, by origin.
         finish_reason: set in its last emission.
     """
@@ -42,42 +40,16 @@ class Emission:
         """Text that is certain now."""
         return "".join(segment.text for segment in self.segments)
 
-    def then(self, later: "Emission") -> "Emission":
-        """This and the next of the same request, as one."""
-        return Emission(
-            self.request_id,
-            self.token_ids + later.token_ids,
-            self.num_drafted + later.num_drafted,
-            self.segments + later.segments,
-            later.finish_reason,
-        )
 
-
-def emit(batch: Batch, accepted: Sequence[Accepted], num_before: Sequence[int]) -> list[Emission]:
-    """Emissions of the spans that decided tokens.
-
-    Args:
-        batch: the step's spans, committed.
-        accepted: their outcomes.
-        num_before: output tokens of each request before the step.
-    """
-    emissions = []
-    for span, outcome, before in zip(batch.spans, accepted, num_before, strict=True):
-        request = span.request
-        if not outcome.tokens:
-            continue
-        if request.is_finished:
-            request.text.finish()
-        emissions.append(
-            Emission(
-                request.request_id,
-                tuple(request.output[before:]),
-                min(outcome.num_accepted, len(request.output) - before),
-                tuple(_take_segments(request)),
-                request.finish_reason,
-            )
-        )
-    return emissions
+def emit(request: Request, start: int) -> Emission:
+    """News of a request since it had `start` output tokens, of one step or of some in a row."""
+    return Emission(
+        request.request_id,
+        tuple(request.output[start:]),
+        sum(request.is_drafted[start:]),
+        tuple(_take_segments(request)),
+        request.finish_reason,
+    )
 
 
 def _take_segments(request: Request) -> Iterator[Segment]:

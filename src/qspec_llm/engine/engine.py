@@ -188,7 +188,16 @@ class Engine:
         return request
 
     def step(self) -> list[Emission]:
-        """One cycle: draft, verify, accept, commit. Returns what became certain."""
+        """One cycle; returns what became certain."""
+        return [emit(request, start) for request, start in self.advance()]
+
+    def advance(self) -> list[tuple[Request, int]]:
+        """One cycle: draft, verify, accept, commit.
+
+        Returns:
+            The requests whose outputs grew, each with the number of output tokens before; `emit`
+            makes news of that, now or after some more cycles.
+        """
         started = time.perf_counter()
         self.gammas.choose(self.scheduler.running)
         batch = self.scheduler.schedule()
@@ -207,12 +216,15 @@ class Engine:
         # the parts of a captured cycle cannot be timed apart
         seconds = None if advanced else (verifying - drafting, committing - verifying)
         self.gammas.learn(batch, accepted, seconds)
-        emissions = emit(batch, accepted, num_before)
         self.seconds.cycles += drafting - advancing
         self.seconds.draft += verifying - drafting
         self.seconds.verify += accepting - verifying
         self.seconds.other += time.perf_counter() - accepting + advancing - started
-        return emissions
+        return [
+            (span.request, before)
+            for span, before in zip(batch.spans, num_before, strict=True)
+            if len(span.request.output) > before
+        ]
 
 
 def check_gamma(gamma: int) -> int:

@@ -19,16 +19,23 @@ __all__ = ["TOP_GAMMA", "Acceptance", "GammaChooser", "expected_tokens"]
 
 TOP_GAMMA = 8
 LEAST_GAIN = 1.03  # of expected speed over plain decoding: less is within the noise
-CHOOSE_EVERY = 8  # cycles, while the same requests run; sooner at first, when each tells much
+CHOOSE_EVERY = 16  # cycles, while the same requests run; sooner at first, when each tells much
 ENOUGH_WORSE = 2  # gammas in a row that promise no more than a smaller one: larger ones will not
-PROBE_SHARE = 0.01  # of the time that goes into single drafts where none pays, to notice a change
+PROBE_SHARE = 0.01  # of the time, what single drafts may lose where none pays, to notice a change
+LEAST_LOST = 0.1  # of what a probe takes, since what it saves is uncertain
 OPTIMISM = 0.95  # an acceptance at which drafting must pay for a probe to be worth anything
 KEPT = 0.98  # of past evidence, a draft tested: the last 50 of a request or so count
 KEPT_OF_ALL = 0.995
 PRIOR = 0.8  # acceptance before anything was seen
 PRIOR_WEIGHT = 8.0  # drafts that the engine's own acceptance counts for in a new request
-FEW_PLAIN = 2  # plain cycles of a size that must have been seen before drafts are compared to them
-PLAIN_EVERY = 64  # cycles with drafts: then a plain one, to notice when it got better
+# Cycles speed up after a prompt, so the first few are plain and drafted in turn: what is compared
+# is of one age.
+FEW_PLAIN = 4
+SOME_PLAIN = 8  # plain cycles of a size that tell what they take
+# Of the time, how much plain cycles may lose where drafts pay, to notice when plain is better: the
+# smaller the gain, the less a plain cycle loses and the more it may tell.
+PLAIN_SHARE = 0.005
+PLAIN_SHARE_AT_FIRST = 0.02  # while fewer than SOME_PLAIN were seen
 
 
 @dataclass
@@ -97,20 +104,26 @@ class GammaChooser:
         self._patience = min(2 * self._patience, CHOOSE_EVERY) if is_same else 1
         self._chosen_for, self._num_since = ids, 0
         auto.sort(key=self._rate, reverse=True)
-        gamma, count = self._best(generating, auto)
-        if count and self._is_plain_due(len(generating)):
+        gain, gamma, count = self._best(generating, auto)
+        if count and self._is_plain_due(len(generating), gain):
             count, self._chosen_for = 0, ()
         elif not count and self._is_probe_due(generating, auto):
             gamma, count, self._chosen_for = 1, len(auto), ()
         for index, request in enumerate(auto):
             request.gamma = gamma if index < count else 0
 
-    def _is_plain_due(self, num_requests: int) -> bool:
-        """Whether to draft nothing although it is expected to pay, to see what that takes."""
-        if self._num_drafted >= PLAIN_EVERY:
+    def _is_plain_due(self, num_requests: int, gain: float) -> bool:
+        """Whether to draft nothing although it is expected to pay, to see what that takes.
+
+        Args:
+            num_requests: of the cycle.
+            gain: expected speed with drafts, in that without.
+        """
+        seen = self._corrections.count(verify_shape(num_requests, num_requests))
+        if seen < FEW_PLAIN and self._num_drafted > 0:
             return True
-        plain = self._corrections.count(verify_shape(num_requests, num_requests))
-        return plain < FEW_PLAIN and self._corrections.count(("verify", "drafted")) > 0
+        share = PLAIN_SHARE if seen >= SOME_PLAIN else PLAIN_SHARE_AT_FIRST
+        return self._num_drafted * share >= 1 - 1 / gain
 
     def _is_probe_due(self, generating: Sequence[Request], auto: Sequence[Request]) -> bool:
         """Whether to draft one token although none is expected to pay."""
@@ -120,8 +133,11 @@ class GammaChooser:
         context = sum(request.num_tokens for request in generating) / len(generating)
         plain = self._seconds(fixed, len(auto), 0, 0, context)
         extra = self._seconds(fixed, len(auto), len(auto), 1, context) - plain
-        is_affordable = self._num_plain * PROBE_SHARE * plain >= extra
-        return is_affordable and self._best(generating, auto, OPTIMISM)[1] > 0
+        # accepted drafts save plain steps: the nearer to paying, the less a probe loses
+        saved = plain * sum(map(self._rate, auto)) / len(generating)
+        lost = max(extra - saved, extra * LEAST_LOST)
+        is_affordable = self._num_plain * PROBE_SHARE * plain >= lost
+        return is_affordable and self._best(generating, auto, OPTIMISM)[2] > 0
 
     def _rate(self, request: Request) -> float:
         seen = self._each.get(request.request_id)
@@ -129,10 +145,10 @@ class GammaChooser:
 
     def _best(
         self, generating: Sequence[Request], auto: Sequence[Request], rate: float | None = None
-    ) -> tuple[int, int]:
-        """The best gamma, and how many of `auto`, its first ones, should draft that much."""
+    ) -> tuple[float, int, int]:
+        """What drafting gains, the best gamma, and how many of `auto`, the first, should draft."""
         if not auto:
-            return 0, 0
+            return 1.0, 0, 0
         rates = [self._rate(request) if rate is None else rate for request in auto]
         fixed = [r.gamma for r in generating if not r.is_auto]
         context = sum(request.num_tokens for request in generating) / len(generating)
@@ -148,7 +164,7 @@ class GammaChooser:
             num_worse = 0 if best[1] == gamma else num_worse + 1
             if num_worse == ENOUGH_WORSE:
                 break
-        return best[1], best[2]
+        return best[0] / plain, best[1], best[2]
 
     def _seconds(
         self, fixed: Sequence[int], num_auto: int, count: int, gamma: int, context: float

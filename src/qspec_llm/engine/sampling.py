@@ -31,7 +31,9 @@ def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
     Returns:
         [L, vocabulary]: `logits` itself where nothing applies.
     """
-    params = request.params
+    params, grammar = request.params, request.grammar
+    if not (params.has_penalties or params.logit_bias or params.min_tokens or grammar):
+        return logits
     num_rows = logits.shape[0]
     histories = [drafted[: len(drafted) - num_rows + 1 + row] for row in range(num_rows)]
     if params.has_penalties:
@@ -47,8 +49,8 @@ def adjust(logits: Tensor, request: Request, drafted: Sequence[int]) -> Tensor:
         logits = logits.clone()
         rows = torch.tensor(short).nonzero()
         logits[rows, torch.tensor(sorted(request.stop_ids))] = -torch.inf
-    if request.grammar is not None:
-        allowed = [request.grammar.allowed([*request.output, *drafts]) for drafts in histories]
+    if grammar is not None:
+        allowed = [grammar.allowed([*request.output, *drafts]) for drafts in histories]
         logits = logits.masked_fill(~torch.stack(allowed).to(logits.device), -torch.inf)
     return logits
 

@@ -193,6 +193,7 @@ class Scheduler:
                 counts[num_accepted] = counts.get(num_accepted, 0) + 1
             self._publish(request, num_full)
             if request.is_finished:
+                request.text.finish()
                 self._remove(request)
         if not self.has_work:
             self.blocks.check_idle()

@@ -51,18 +51,6 @@ class News:
     gamma: int
     finished: Request | None
 
-    def then(self, later: "News") -> "News":
-        """This and what came after it."""
-        return News(
-            self.index,
-            self.emission.then(later.emission),
-            self.logprobs + later.logprobs,
-            self.prompt_logprobs + later.prompt_logprobs,
-            self.ends + later.ends,
-            later.gamma,
-            later.finished,
-        )
-
 
 @dataclass(eq=False)
 class Job:

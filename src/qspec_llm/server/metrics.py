@@ -139,6 +139,7 @@ class Metrics:
         for part, seconds in (
             ("draft", engine.seconds.draft),
             ("verify", engine.seconds.verify),
+            ("cycle", engine.seconds.cycles),  # of both, where they run as one graph
             ("host", engine.seconds.other),
         ):
             self._raise(self._seconds.labels(part), part, seconds)

@@ -155,6 +155,7 @@ class Service:
             raise APIError(503, f"the engine has failed: {self.worker.error!r}", code="engine_dead")
         if self.worker.is_full:
             raise APIError(429, "too many requests are waiting; try again later", code="queue_full")
+        self.worker.expect()
         return await asyncio.to_thread(self._read, body)
 
     def _read(self, body: Options) -> Plan:
@@ -232,8 +233,7 @@ def _usage(plan: Plan, requests: Sequence[Request]) -> Body:
     return usage(sum(map(len, plan.prompts)), requests, num_generated)
 
 
-def _json(value: Body) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _check_grammars(requests: Sequence[Request]) -> None:

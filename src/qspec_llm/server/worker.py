@@ -10,11 +10,12 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from qspec_llm.engine.emit import Emission
+from qspec_llm.engine.emit import emit
 from qspec_llm.engine.engine import Engine
 from qspec_llm.engine.request import Request
 from qspec_llm.errors import QSpecError
@@ -25,10 +26,15 @@ __all__ = ["Worker"]
 
 logger = logging.getLogger("qspec")
 
-# A chunk costs some 100 us of the cores that the kernels share, in this process and the client's.
-# Where many answers grow at once and steps are short, news of several steps travel together.
+# Where many answers grow at once and steps are short, news of several steps travel together: a
+# chunk costs the cores that the kernels share, in this process and the client's.
 MANY_RUNNING = 4  # requests
-DELIVER_EVERY = 0.025  # seconds; what begins or ends an answer waits for nothing
+CHUNK_SECONDS = 100e-6  # of a core, measured with SmolLM2 on two cores
+CHUNK_SHARE = 0.025  # of the time, what chunks may take
+LONGEST_WAIT = 0.1  # seconds; what begins or ends an answer waits for nothing
+# Requests that come together begin together: the first step after a rest waits so long for those
+# that are being read. Nobody waits for a client alone.
+GATHER_SECONDS = 0.005
 
 
 @dataclass(eq=False)
@@ -39,10 +45,11 @@ class _Entry:
     index: int
     request: Request
     arrived: float
-    started: float | None = None
     last_token: float | None = None
+    num_told: int = 0  # output tokens that news were given of
+    # by the step before
     num_drafted: int = 0
-    num_cycles: int = 0
+    num_accepted: int = 0
 
 
 class Worker(threading.Thread):
@@ -70,8 +77,10 @@ class Worker(threading.Thread):
         self._entries: dict[int, _Entry] = {}
         self._queued: dict[int, _Entry] = {}  # of them, those that have not begun
         self._jobs: set[Job] = set()  # submitted, not ended
-        self._news: dict[Job, dict[int, News]] = {}  # to deliver, by completion
+        self._grown: dict[int, _Entry] = {}  # those with news to deliver
         self._delivered = 0.0  # when news went out last
+        # when requests came that are being read; wrong ones fall out as others come
+        self._reading: deque[float] = deque(maxlen=max(max_waiting, 1))
 
     @property
     def is_healthy(self) -> bool:
@@ -83,8 +92,14 @@ class Worker(threading.Thread):
         """Whether so many completions wait that more should be refused."""
         return len(self._queued) >= self._max_waiting
 
+    def expect(self) -> None:
+        """Say that a request is being read, and will be submitted unless it is wrong."""
+        self._reading.append(time.perf_counter())
+
     def submit(self, job: Job) -> None:
         """Queue a job; its completions are refused together or taken together."""
+        if self._reading:
+            self._reading.popleft()
         self._commands.put(partial(self._add, job))
 
     def cancel(self, job: Job) -> None:
@@ -110,16 +125,24 @@ class Worker(threading.Thread):
 
     def _obey(self) -> bool:
         """Carry out what was asked; waits if there is nothing else to do. False: stop."""
-        is_waiting = not self._engine.has_work
+        gathering_until = 0.0
         while True:
+            is_idle = not self._engine.has_work
+            left = gathering_until - time.perf_counter()
+            must_wait = is_idle or (left > 0 and self._is_expecting())
             try:
-                command = self._commands.get(block=is_waiting)
+                command = self._commands.get(must_wait, None if is_idle else max(left, 0.0))
             except queue.Empty:
                 return True
             if command is None:
                 return False
             command()
-            is_waiting = not self._engine.has_work
+            if is_idle:
+                gathering_until = time.perf_counter() + GATHER_SECONDS
+
+    def _is_expecting(self) -> bool:
+        """Whether a request that came a moment ago is still being read."""
+        return bool(self._reading) and time.perf_counter() - self._reading[-1] < GATHER_SECONDS
 
     def _add(self, job: Job) -> None:
         self._jobs.add(job)
@@ -154,8 +177,8 @@ class Worker(threading.Thread):
             if self._engine.abort(request.request_id) is not None:
                 self._metrics.finished("abort")
             self._forget(request)
+            self._grown.pop(request.request_id, None)
         self._jobs.discard(job)
-        self._news.pop(job, None)
         self._metrics.state(self._engine)
 
     def _forget(self, request: Request) -> None:
@@ -163,42 +186,48 @@ class Worker(threading.Thread):
         self._queued.pop(request.request_id, None)
 
     def _step(self) -> None:
-        emissions = self._engine.step()
+        grown = self._engine.advance()
         now = time.perf_counter()
         for entry in [entry for entry in self._queued.values() if entry.request.committed]:
-            entry.started = now
             del self._queued[entry.request.request_id]
             self._metrics.started(now - entry.arrived, entry.request)
-        is_urgent = len(self._engine.scheduler.running) < MANY_RUNNING
-        for emission in emissions:
-            entry = self._entries[emission.request_id]
-            is_urgent |= entry.last_token is None or entry.request.is_finished
-            self._note(entry, emission, now)
-            waiting, new = self._news.setdefault(entry.job, {}), _news(entry, emission)
-            before = waiting.get(entry.index)
-            waiting[entry.index] = new if before is None else before.then(new)
-            if entry.request.is_finished:
-                self._forget(entry.request)
-                if all(request.is_finished for request in entry.job.requests):
+        num_running = len(self._engine.scheduler.running)
+        is_urgent = num_running < MANY_RUNNING
+        for request, num_before in grown:
+            entry = self._grown[request.request_id] = self._entries[request.request_id]
+            is_urgent |= entry.last_token is None or request.is_finished
+            self._note(entry, len(request.output) - num_before, now)
+            if request.is_finished:
+                self._forget(request)
+                if all(each.is_finished for each in entry.job.requests):
                     self._jobs.discard(entry.job)
         self._metrics.state(self._engine)
-        if self._news and (is_urgent or now - self._delivered >= DELIVER_EVERY):
-            self._post(partial(_deliver, self._news))
-            self._news, self._delivered = {}, now
+        wait = min(num_running * CHUNK_SECONDS / CHUNK_SHARE, LONGEST_WAIT)
+        if self._grown and (is_urgent or now - self._delivered >= wait):
+            self._deliver()
+            self._delivered = now
 
-    def _note(self, entry: _Entry, emission: Emission, now: float) -> None:
+    def _note(self, entry: _Entry, num_new: int, now: float) -> None:
         """Tell the metrics what one request did in this step."""
         request, metrics = entry.request, self._metrics
         num_drafted = request.num_drafted - entry.num_drafted
-        entry.num_drafted = request.num_drafted
-        metrics.cycle(num_drafted, emission.num_drafted, len(emission.token_ids))
+        metrics.cycle(num_drafted, request.num_accepted - entry.num_accepted, num_new)
+        entry.num_drafted, entry.num_accepted = request.num_drafted, request.num_accepted
         if entry.last_token is None:
             metrics.first_token(now - entry.arrived)
         else:
-            metrics.tokens((now - entry.last_token), len(emission.token_ids))
+            metrics.tokens((now - entry.last_token), num_new)
         entry.last_token = now
         if request.finish_reason:
             metrics.finished(request.finish_reason, now - entry.arrived)
+
+    def _deliver(self) -> None:
+        """Hand out what happened since the last time, to all in one hop."""
+        news: dict[Job, list[News]] = {}
+        for entry in self._grown.values():
+            news.setdefault(entry.job, []).append(_news(entry))
+        self._grown.clear()
+        self._post(partial(_hand_out, news))
 
     def _fail(self, error: BaseException | None) -> None:
         """Tell everything in flight, and what is asked from now on, that it is over."""
@@ -210,6 +239,7 @@ class Worker(threading.Thread):
             self._jobs.clear()
             self._entries.clear()
             self._queued.clear()
+            self._grown.clear()
             try:
                 command = self._commands.get(block=error is not None)
             except queue.Empty:  # stopped on purpose: nobody will ask any more
@@ -226,21 +256,22 @@ class Worker(threading.Thread):
             logger.debug("news for a closed event loop")
 
 
-def _news(entry: _Entry, emission: Emission) -> News:
-    request, num_new = entry.request, len(emission.token_ids)
-    stop = len(request.output)
+def _news(entry: _Entry) -> News:
+    """What is new since the last news of a completion; text becomes certain once."""
+    request, start = entry.request, entry.num_told
+    entry.num_told = len(request.output)
     return News(
         entry.index,
-        emission,
-        tuple(request.logprobs[stop - num_new : stop]),
-        tuple(request.prompt_logprobs) if stop == num_new else (),
-        tuple(request.text.ends[stop - num_new : stop]),
+        emit(request, start),
+        tuple(request.logprobs[start:]),
+        tuple(request.prompt_logprobs) if start == 0 else (),
+        tuple(request.text.ends[start:]),
         request.gamma,
         request if request.is_finished else None,
     )
 
 
-def _deliver(news: dict[Job, dict[int, News]]) -> None:
+def _hand_out(news: dict[Job, list[News]]) -> None:
     for job, items in news.items():
         if not job.is_cancelled:
-            job.on_news(list(items.values()))
+            job.on_news(items)
