@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Rows
-from qspec_llm.kernels.cuda import direct
+from qspec_llm.kernels.cuda import direct, wide
 from qspec_llm.kernels.cuda.activations import (
     Quantized,
     activation_group,
@@ -145,7 +145,10 @@ def _generated(
         ahead=() if ahead is None else ahead_of(*ahead),
         pdl=pdl,
     )
-    direct.multiply(product, chosen)
+    if values.shape[0] >= wide.LEAST_TOKENS and wide.can_run(weight.base.device.index):
+        wide.multiply(product)
+    else:
+        direct.multiply(product, chosen)
 
 
 def _room(

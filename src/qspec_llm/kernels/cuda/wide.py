@@ -1,0 +1,190 @@
+"""Launches of wide.cu: generated rows from 17 on, up to 128 at a time, on Hopper.
+
+The workspace in which blocks leave the sums of ranges belongs to the device: products of one device
+are launched on one stream at a time, or in graphs that are replayed so.
+"""
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, tensor_map
+from qspec_llm.kernels.cuda.form import Form, Product
+from qspec_llm.kernels.cuda.layout import TILE_COLS
+
+__all__ = ["LEAST_TOKENS", "MAX_TOKENS", "Tuning", "can_run", "multiply", "splits_of", "tuning"]
+
+LEAST_TOKENS = 17  # below, direct.cu reads the same bytes with less ado
+MAX_TOKENS = 128  # of a block; more are cut into blocks of so many
+RANGES = 8  # of columns: direct.cu sums in the same ones
+MAX_STAGES = 32
+SMEM = (227 << 10) - 1024 - 16 * MAX_STAGES  # of a block, less alignment and barriers
+WORKSPACE_BYTES = 64 << 20
+WORKSPACE_COUNTERS = 4096
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What may differ between instances without changing any sum.
+
+    Attributes:
+        groups: warpgroups that multiply, 64 rows each.
+        depth: tiles of weights under way in a warp's registers.
+        splits: blocks that share the columns of the same rows; None lets `splits_of` choose.
+        stages: most tiles of x in shared memory.
+    """
+
+    groups: int
+    depth: int
+    splits: int | None = None
+    stages: int = MAX_STAGES
+
+
+def tuning(form: Form, token_tiles: int) -> Tuning:
+    """The measured best (docs/gpu-notes.md)."""
+    is_levels = form.bits in (4, 8)
+    if token_tiles > 8:
+        return Tuning(groups=2, depth=3 if is_levels else 2)
+    if is_levels and form.act == 16 and (form.has_offset or form.has_middle):
+        return Tuning(groups=2, depth=2)  # sums of x take as many registers as the products
+    if form.bits == 4:
+        return Tuning(groups=4, depth=3 if token_tiles == 4 else 2)
+    return Tuning(groups=4, depth=1)
+
+
+def can_run(device: int) -> bool:
+    """Whether a device has warpgroup products."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def splits_of(num_blocks: int, num_col_tiles: int, multiprocessors: int, most: int) -> int:
+    """How many blocks share the columns: 1, 2, 4 or 8, whichever ends first.
+
+    A block runs alone on its multiprocessor. Besides its tiles it costs about two tiles' time to
+    start, and three more where sums are exchanged.
+
+    Args:
+        num_blocks: blocks of rows, times blocks of tokens.
+        num_col_tiles: tiles of 128 columns.
+        multiprocessors: of the device.
+        most: the workspace's limit.
+    """
+
+    def cost(splits: int) -> int:
+        turns = math.ceil(num_blocks * splits / multiprocessors)
+        return turns * (math.ceil(num_col_tiles / splits) + 2) + 3 * (splits > 1)
+
+    return min((splits for splits in (1, 2, 4, 8) if splits <= most), key=cost)
+
+
+class _Problem(ctypes.Structure):
+    """wide.cu's Problem."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "meta", "base", "rest", "bias", "out", "parts", "arrivals",
+        )),
+        *((name, ctypes.c_int) for name in (
+            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "log_splits",
+            "num_stages", "bias_kind", "out_is_float",
+        )),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Instance:
+    """One kernel and how it is launched for one matrix."""
+
+    kernel: Kernel
+    grid: tuple[int, int]
+    threads: int
+    splits: int
+    num_stages: int
+    smem: int
+    tokens: int
+
+
+@functools.cache
+def _instance(
+    form: Form, row_tiles: int, col_tiles: int, num_tokens: int, device: int, chosen: Tuning | None
+) -> _Instance:
+    token_tiles = next(tiles for tiles in (4, 8, 16) if 8 * tiles >= min(num_tokens, MAX_TOKENS))
+    tokens = token_tiles * 8
+    tuned = chosen or tuning(form, token_tiles)
+    threads = tuned.groups * 128
+    row_blocks = math.ceil(row_tiles / (4 * tuned.groups))
+    num_blocks = row_blocks * math.ceil(num_tokens / tokens)
+    sums = threads * token_tiles * 16  # bytes of a block's range
+    fits = num_blocks <= WORKSPACE_COUNTERS and num_blocks * RANGES * sums <= WORKSPACE_BYTES
+    splits = tuned.splits or splits_of(
+        num_blocks, col_tiles, num_multiprocessors(device), RANGES if fits else 1
+    )
+    stage = tokens * TILE_COLS * form.act // 8
+    if form.act == 8:
+        stage += TILE_COLS // form.act_group * tokens * 8
+    totals = sums if splits == 1 else 0
+    num_tiles = math.ceil(col_tiles / splits)
+    num_stages = min((SMEM - totals) // stage, tuned.stages, max(num_tiles, 3))
+    return _Instance(
+        kernel=kernel(
+            "wide.cu",
+            "wide",
+            **form.defines(),
+            NT=token_tiles,
+            WGS=tuned.groups,
+            DEPTH=tuned.depth,
+            RANGES=RANGES,
+            SPLIT=int(splits > 1),
+        ),
+        grid=(row_blocks * splits, math.ceil(num_tokens / tokens)),
+        threads=threads,
+        splits=splits,
+        num_stages=num_stages,
+        smem=1024 + num_stages * stage + totals,
+        tokens=tokens,
+    )
+
+
+@functools.cache
+def _workspace(device: int) -> tuple[Tensor, Tensor]:
+    """Where blocks of the same rows leave sums for each other, and count each other."""
+    where = torch.device("cuda", device)
+    parts = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=where)
+    return parts, torch.zeros(WORKSPACE_COUNTERS, dtype=torch.int32, device=where)
+
+
+def multiply(product: Product, chosen: Tuning | None = None) -> None:
+    """Compute a product; `chosen` is an instance other than the measured best."""
+    num_tokens = product.values.shape[0]
+    row_tiles, col_tiles = product.weight.base.shape[:2]
+    device = product.weight.base.device.index
+    one = _instance(product.form, row_tiles, col_tiles, num_tokens, device, chosen)
+    rest, bias, meta = product.rest, product.bias, product.meta
+    parts, arrivals = _workspace(device)
+    problem = _Problem(
+        meta=None if meta is None else meta.data_ptr(),
+        base=product.weight.base.data_ptr(),
+        rest=None if rest is None else rest.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        out=product.out.data_ptr(),
+        parts=parts.data_ptr(),
+        arrivals=arrivals.data_ptr(),
+        num_tokens=num_tokens,
+        num_rows=product.weight.shape[0],
+        num_row_tiles=row_tiles,
+        num_col_tiles=col_tiles,
+        pitch=0 if meta is None else meta.shape[1],
+        log_splits=one.splits.bit_length() - 1,
+        num_stages=one.num_stages,
+        bias_kind=product.bias_kind,
+        out_is_float=int(product.out.dtype is torch.float32),
+    )
+    described = tensor_map(product.values, (one.tokens, 128 if meta is not None else 64))
+    one.kernel.launch(
+        one.grid, one.threads, [described, problem], smem=one.smem, pdl=product.pdl
+    )
