@@ -8,10 +8,10 @@
 #pragma once
 #include "ptx.cuh"
 
-// Rows of 128 bytes, swizzled by 128: the next 8 rows lie 1024 bytes on.
-DEVICE u64 x_descriptor(u32 at) {
-  return (u64)((at >> 4) & 0x3FFF) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
+// How operand B is described: rows of 128 bytes, swizzled by 128; the next 8 rows lie 1024 bytes on.
+// These are the low 32 bits; `bytes` further on is `bytes / 16` more, and the high ones are constant.
+DEVICE u32 x_descriptor(u32 at) { return at >> 4 | 1 << 16; }
+#define DESCRIPTOR_HIGH "0x40000040"
 
 // Operands are complete here: put before `wgmma_begin`, past which the compiler may not move them.
 DEVICE void settle(u32 (&a)[4]) {
@@ -57,14 +57,15 @@ DEVICE void barrier_wait_whole(u32 bar, u32 parity) {
 
 // d = A B, or d += A B (KEEP), and `hold`: the compiler must not read d before the wait above it.
 #define WGMMA(KIND, TILES, SHAPE, LIST, A0, A1, A2, A3, B, KEEP, TAIL)                             \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, " KEEP ", 0;\n"                                     \
+  asm volatile("{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, " KEEP ", 0;\n"                        \
+               "mov.b64 b, {" B ", " DESCRIPTOR_HIGH "};\n"                                         \
                "wgmma.mma_async.sync.aligned." SHAPE " {" LIST "}, {" A0 "," A1 "," A2 "," A3      \
-               "}, " B ", p" TAIL "; }"                                                            \
+               "}, b, p" TAIL "; }"                                                                  \
                : TILES_##TILES(KIND, d, 0)                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b))
 #define DEFINE_WGMMA(NAME, TYPE, KIND, TILES, SHAPE, LIST, A0, A1, A2, A3, B, TAIL)                \
   template <bool KEEP>                                                                             \
-  DEVICE void NAME(TYPE (&d)[TILES][4], const u32 (&a)[4], u64 b) {                                \
+  DEVICE void NAME(TYPE (&d)[TILES][4], const u32 (&a)[4], u32 b) {                                \
     if (KEEP) WGMMA(KIND##_SUM, TILES, SHAPE, LIST, A0, A1, A2, A3, B, "1", TAIL);                 \
     else WGMMA(KIND##_NEW, TILES, SHAPE, LIST, A0, A1, A2, A3, B, "0", TAIL);                      \
   }

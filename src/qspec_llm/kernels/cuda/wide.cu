@@ -14,7 +14,10 @@
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
 //   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups that multiply
-//   DEPTH tiles under way      RANGES ranges of columns      SPLIT whether blocks share rows
+//   DEPTH tiles under way to registers, AHEAD tiles further to the L2, which takes no registers
+//   RANGES ranges of columns      SPLIT whether blocks share rows
+//   BLOCKS of a multiprocessor, which bounds registers
+//   CLUSTER 2: neighbouring blocks of rows form a cluster and fetch half of each tile of x for both
 
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -51,15 +54,17 @@ struct Problem {
 // What this block computes: ranges [first_range, last_range), which are the tiles of columns
 // [first_tile, last_tile), of row block `block`; the tokens of blockIdx.y.
 struct Share {
-  int block, rank, first_range, last_range, first_tile, last_tile, first_token;
+  int block, member, rank, first_range, last_range, first_tile, last_tile, first_token;
 };
 
 DEVICE int range_start(const Problem& p, int range) { return p.num_col_tiles * range / RANGES; }
 
 DEVICE Share my_share(const Problem& p) {
   Share s;
-  s.block = blockIdx.x >> p.log_splits;
-  s.rank = blockIdx.x & ((1 << p.log_splits) - 1);
+  const int pair = blockIdx.x / CLUSTER;
+  s.member = blockIdx.x % CLUSTER;
+  s.block = (pair >> p.log_splits) * CLUSTER + s.member;
+  s.rank = pair & ((1 << p.log_splits) - 1);
   s.first_range = RANGES * s.rank >> p.log_splits;
   s.last_range = RANGES * (s.rank + 1) >> p.log_splits;
   s.first_tile = range_start(p, s.first_range);
@@ -154,13 +159,35 @@ struct Stream {
   }
 
   DEVICE void advance() { base += BASE_BYTES, rest += REST_BYTES, left--; }
+
+  // Into the L2: the tile that lies AHEAD of the next one, or all until there.
+  DEVICE void fetch_ahead(const Lane& l) const {
+#if AHEAD
+    if (l.lane != 0 || left <= AHEAD) return;
+    prefetch_l2(base + AHEAD * BASE_BYTES, BASE_BYTES);
+#if REST_BYTES
+    prefetch_l2(rest + AHEAD * REST_BYTES, REST_BYTES);
+#endif
+#endif
+  }
+
+  DEVICE void fetch_first(const Lane& l) const {
+#if AHEAD
+    const int count = min(left, DEPTH + AHEAD) - DEPTH;
+    if (l.lane != 0 || count <= 0) return;
+    prefetch_l2(base + DEPTH * BASE_BYTES, count * BASE_BYTES);
+#if REST_BYTES
+    prefetch_l2(rest + DEPTH * REST_BYTES, count * REST_BYTES);
+#endif
+#endif
+  }
 };
 
 // ---- multiplication ------------------------------------------------------------------------------
 
 typedef float Accumulators[NT][4];
 
-// Shared addresses of one tile of columns of x.
+// One tile of columns of x: its descriptor, and the shared address of its scales and sums.
 struct TileOfX {
   u32 x, meta;
 };
@@ -200,17 +227,22 @@ DEVICE float row_shift(const Lane& l, const Raw& raw, int group, int upper) {
 
 DEVICE u32 raised(u32 codes) {
 #if SIGNED
-  return codes + ((~codes >> 3) & 0x11111111u);  // c >= 8 stays, c < 8 grows by 1
+  return codes + 0x11111111u - ((codes >> 3) & 0x11111111u);  // c >= 8 stays, c < 8 grows by 1
 #else
   return codes;
 #endif
 }
 
+// (nibbles & 0xF0F0F0F0) ^ 0x80808080 in one instruction
+DEVICE u32 signed_bytes(u32 nibbles) {
+  u32 bytes;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(bytes) : "r"(nibbles), "r"(0xF0F0F0F0u), "r"(0x80808080u));
+  return bytes;
+}
+
 DEVICE void signed_bytes_of(u32 (&a)[4], u32 first, u32 second) {
-  a[0] = ((first << 4) & 0xF0F0F0F0u) ^ 0x80808080u;
-  a[1] = (first & 0xF0F0F0F0u) ^ 0x80808080u;
-  a[2] = ((second << 4) & 0xF0F0F0F0u) ^ 0x80808080u;
-  a[3] = (second & 0xF0F0F0F0u) ^ 0x80808080u;
+  a[0] = signed_bytes(first << 4), a[1] = signed_bytes(first);
+  a[2] = signed_bytes(second << 4), a[3] = signed_bytes(second);
 }
 
 // Integer products of a subgroup of columns and 32 tokens.
@@ -299,7 +331,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #pragma unroll
       for (int step = 0; step < SUBGROUP / 32; step++) {
         const int at_step = sub * (SUBGROUP / 32) + step;
-        const u64 b = x_descriptor(tile.x + subtile * 4096 + h * 64 + at_step * 32);
+        const u32 b = tile.x + (subtile * 4096 + h * 64 + at_step * 32) / 16;
         if (step == 0) wgmma_s8<false>(product[j & 1].d, a[h][at_step], b);
         else wgmma_s8<true>(product[j & 1].d, a[h][at_step], b);
 #if BITS == 8
@@ -362,7 +394,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       for (int i = 0; i < 4; i++) settle(a[h][i]);
     }
     if (step == 0 || starts) wgmma_begin();
-    const u64 b = x_descriptor(tile.x + h * (X_BYTES / 2) + step * 32);
+    const u32 b = tile.x + (h * (X_BYTES / 2) + step * 32) / 16;
     if (starts) wgmma_bf16<false>(d, a[h][step], b);
     else wgmma_bf16<true>(d, a[h][step], b);
 #if HAS_SHIFT
@@ -431,7 +463,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-      wgmma_bf16<true>(acc, a[h][step], x_descriptor(tile.x + h * (X_BYTES / 2) + step * 32));
+      wgmma_bf16<true>(acc, a[h][step], tile.x + (h * (X_BYTES / 2) + step * 32) / 16);
     }
     wgmma_commit();
   }
@@ -556,24 +588,62 @@ struct Ring {
   u32 x, meta, full, empty;
 };
 
+// Box of x and bulk of meta: to this block, or to the same place in both blocks of the cluster.
+DEVICE void load_box(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+#if CLUSTER == 1
+  tensor_load(to, map, x, y, bar);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)3)
+      : "memory");
+#endif
+}
+
+DEVICE void load_meta(u32 to, const u8* from, u32 bytes, u32 bar) {
+#if CLUSTER == 1
+  bulk_load(to, from, bytes, bar);
+#else
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(bar), "h"((u16)3)
+      : "memory");
+#endif
+}
+
+// This block's part of a tile: half of the tokens of int8 codes, or 64 columns of bf16.
 DEVICE void fetch_x(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map, int slot,
                     int tile, int lane) {
   const u32 bar = ring.full + slot * 8, to = ring.x + slot * X_BYTES;
   if (lane == 0) barrier_expect(bar, X_BYTES + META_BYTES);
   __syncwarp();
 #if ACT == 8
-  if (lane == 0) tensor_load(to, map, tile * TILE_COLS, s.first_token, bar);
-  if (lane >= 1 && lane <= ACT_GROUPS) {
-    const size_t group = (size_t)tile * ACT_GROUPS + lane - 1;
-    bulk_load(ring.meta + slot * META_BYTES + (lane - 1) * (TOKENS * 8),
+  const int skip = s.member * (TOKENS / CLUSTER);
+  if (lane == 0) load_box(to + skip * 128, map, tile * TILE_COLS, s.first_token + skip, bar);
+  if (lane >= 1 && lane <= ACT_GROUPS / CLUSTER) {
+    const int part = s.member * (ACT_GROUPS / CLUSTER) + lane - 1;
+    const size_t group = (size_t)tile * ACT_GROUPS + part;
+    load_meta(ring.meta + slot * META_BYTES + part * (TOKENS * 8),
               p.meta + (group * p.pitch + s.first_token) * 8, TOKENS * 8, bar);
   }
 #else
-  if (lane < 2) {
-    tensor_load(to + lane * (X_BYTES / 2), map, tile * TILE_COLS + lane * 64, s.first_token, bar);
+  if (lane < 2 / CLUSTER) {
+    const int half = s.member + lane;
+    load_box(to + half * (X_BYTES / 2), map, tile * TILE_COLS + half * 64, s.first_token, bar);
   }
 #endif
   __syncwarp();
+}
+
+// This warp has read what lies in a slot. Where nothing will follow there, no one waits for that.
+DEVICE void leave_slot(const Ring& ring, int slot, int lane) {
+#if CLUSTER == 1
+  if (lane == 0) barrier_arrive(ring.empty + slot * 8);
+#else
+  if (lane < CLUSTER) barrier_arrive_remote(remote_address(ring.empty + slot * 8, lane));
+#endif
 }
 
 // Tiles of x are fetched by the multiplying warps in turn: when all have read the tile LAG before this
@@ -588,17 +658,25 @@ DEVICE void fetch_first(const Problem& p, const Share& s, const Ring& ring, cons
   }
 }
 
-DEVICE void fetch_next(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map,
-                       const Lane& l, int tile) {
-  const int done = tile - LAG - s.first_tile, turn = done / p.num_stages;
-  if (done < 0 || done % WARPS != l.warp) return;
-  const int slot = done - turn * p.num_stages;
-  if (tile - LAG + p.num_stages >= s.last_tile) return;
-  barrier_wait(ring.empty + slot * 8, turn & 1);
-  fetch_x(p, s, ring, map, slot, tile - LAG + p.num_stages, l.lane);
-}
+// A warp's next turn: at tile `due`, slot `slot` takes tile `tile`, once it is empty.
+struct Turn {
+  int due, slot, parity, tile;
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+  DEVICE void settle(const Problem& p, const Share& s) {
+    while (slot >= p.num_stages) slot -= p.num_stages, parity ^= 1;
+    due = tile < s.last_tile ? tile - p.num_stages + LAG : -1;
+  }
+
+  DEVICE void take(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map,
+                   const Lane& l) {
+    barrier_wait(ring.empty + slot * 8, parity);
+    fetch_x(p, s, ring, map, slot, tile, l.lane);
+    slot += WARPS, tile += WARPS;
+    settle(p, s);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wide(const __grid_constant__ TensorMap map, const __grid_constant__ Problem p) {
   extern __shared__ u8 raw_bytes[];
   __shared__ u64 barriers[2 * MAX_STAGES];
@@ -608,7 +686,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Ring ring;
   ring.x = (smem_address(raw_bytes) + 1023) / 1024 * 1024;
   ring.meta = ring.x + p.num_stages * X_BYTES;
-  ring.full = smem_address(barriers), ring.empty = ring.full + MAX_STAGES * 8;
+  asm volatile("mov.u32 %0, %1;" : "=r"(ring.full) : "r"(smem_address(barriers)));  // computed once
+  ring.empty = ring.full + MAX_STAGES * 8;
   const u32 totals = ring.meta + p.num_stages * META_BYTES;
 
   // the first weights are on their way before anything else happens
@@ -616,6 +695,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const size_t first = (size_t)row_tile * p.num_col_tiles + s.first_tile;
   Stream next = {p.base + first * BASE_BYTES, p.rest + first * REST_BYTES,
                  row_tile < p.num_row_tiles ? s.last_tile - s.first_tile : 0};
+  const Stream start = next;
   Raw raw[DEPTH] = {};
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) {
@@ -624,20 +704,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     next.load_half(raw[d], l, 1);
     next.advance();
   }
+  start.fetch_first(l);
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.num_stages; i++) {
       barrier_init(ring.full + i * 8, 1);
-      barrier_init(ring.empty + i * 8, WARPS);
+      barrier_init(ring.empty + i * 8, WARPS * CLUSTER);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
+#if CLUSTER == 1
   __syncthreads();
+#else
+  cluster_arrive();
+  cluster_wait();
+#endif
   fetch_first(p, s, ring, &map, l);
 
   Accumulators acc;
   clear(acc);
   Slot slot = {0, 0};
+  Turn turn = {0, l.warp, 0, s.first_tile + p.num_stages + l.warp};
+  turn.settle(p, s);
   int range = s.first_range, stop = range_start(p, range + 1);
   int tile = s.first_tile;
   while (tile < s.last_tile) {
@@ -648,12 +736,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           end_range(p, s, l, acc, totals, range);
           stop = range_start(p, ++range + 1);
         }
-        const TileOfX of_x = {ring.x + slot.index * X_BYTES, ring.meta + slot.index * META_BYTES};
-        fetch_next(p, s, ring, &map, l, tile);
+        const TileOfX of_x = {x_descriptor(ring.x + slot.index * X_BYTES), ring.meta + slot.index * META_BYTES};
+        if (tile == turn.due) turn.take(p, s, ring, &map, l);
         barrier_wait_whole(ring.full + slot.index * 8, slot.parity);
+        next.fetch_ahead(l);
         multiply_tile(acc, raw[d], l, of_x, next);
         next.advance();
-        if (l.lane == 0) barrier_arrive(ring.empty + slot.index * 8);
+        if (tile + p.num_stages < s.last_tile) leave_slot(ring, slot.index, l.lane);
         slot.advance(p.num_stages);
         tile++;
       }

@@ -34,25 +34,27 @@ class Tuning:
     Attributes:
         groups: warpgroups that multiply, 64 rows each.
         depth: tiles of weights under way in a warp's registers.
+        ahead: tiles beyond those that are fetched into the L2.
         splits: blocks that share the columns of the same rows; None lets `splits_of` choose.
         stages: most tiles of x in shared memory.
+        blocks: blocks that share a multiprocessor, which bounds registers and stages.
+        cluster: 2 lets neighbouring blocks of rows fetch x for each other.
     """
 
     groups: int
     depth: int
+    ahead: int = 4
+    blocks: int = 1
+    cluster: int = 1
     splits: int | None = None
     stages: int = MAX_STAGES
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
     """The measured best (docs/gpu-notes.md)."""
-    is_levels = form.bits in (4, 8)
-    if token_tiles > 8:
-        return Tuning(groups=2, depth=3 if is_levels else 2)
-    if is_levels and form.act == 16 and (form.has_offset or form.has_middle):
-        return Tuning(groups=2, depth=2)  # sums of x take as many registers as the products
-    if form.bits == 4:
-        return Tuning(groups=4, depth=3 if token_tiles == 4 else 2)
+    is_shifted = form.act == 16 and form.bits in (4, 8) and (form.has_offset or form.has_middle)
+    if token_tiles > 8 or is_shifted:  # sums of x take as many registers as the products
+        return Tuning(groups=2, depth=1)
     return Tuning(groups=4, depth=1)
 
 
@@ -106,7 +108,8 @@ class _Instance:
     splits: int
     num_stages: int
     smem: int
-    tokens: int
+    box: tuple[int, int]
+    cluster: int
 
 
 @functools.cache
@@ -117,19 +120,20 @@ def _instance(
     tokens = token_tiles * 8
     tuned = chosen or tuning(form, token_tiles)
     threads = tuned.groups * 128
-    row_blocks = math.ceil(row_tiles / (4 * tuned.groups))
+    row_blocks = math.ceil(row_tiles / (4 * tuned.groups * tuned.cluster)) * tuned.cluster
     num_blocks = row_blocks * math.ceil(num_tokens / tokens)
     sums = threads * token_tiles * 16  # bytes of a block's range
     fits = num_blocks <= WORKSPACE_COUNTERS and num_blocks * RANGES * sums <= WORKSPACE_BYTES
     splits = tuned.splits or splits_of(
-        num_blocks, col_tiles, num_multiprocessors(device), RANGES if fits else 1
+        num_blocks, col_tiles, num_multiprocessors(device) * tuned.blocks, RANGES if fits else 1
     )
     stage = tokens * TILE_COLS * form.act // 8
     if form.act == 8:
         stage += TILE_COLS // form.act_group * tokens * 8
     totals = sums if splits == 1 else 0
     num_tiles = math.ceil(col_tiles / splits)
-    num_stages = min((SMEM - totals) // stage, tuned.stages, max(num_tiles, 3))
+    room = (SMEM - (tuned.blocks - 1 << 11)) // tuned.blocks - totals
+    num_stages = min(room // stage, tuned.stages, max(num_tiles, 3))
     return _Instance(
         kernel=kernel(
             "wide.cu",
@@ -138,6 +142,9 @@ def _instance(
             NT=token_tiles,
             WGS=tuned.groups,
             DEPTH=tuned.depth,
+            AHEAD=tuned.ahead,
+            BLOCKS=tuned.blocks,
+            CLUSTER=tuned.cluster,
             RANGES=RANGES,
             SPLIT=int(splits > 1),
         ),
@@ -146,7 +153,8 @@ def _instance(
         splits=splits,
         num_stages=num_stages,
         smem=1024 + num_stages * stage + totals,
-        tokens=tokens,
+        box=(tokens // tuned.cluster, 128) if form.act == 8 else (tokens, 64),
+        cluster=tuned.cluster,
     )
 
 
@@ -184,7 +192,11 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         bias_kind=product.bias_kind,
         out_is_float=int(product.out.dtype is torch.float32),
     )
-    described = tensor_map(product.values, (one.tokens, 128 if meta is not None else 64))
     one.kernel.launch(
-        one.grid, one.threads, [described, problem], smem=one.smem, pdl=product.pdl
+        one.grid,
+        one.threads,
+        [tensor_map(product.values, one.box), problem],
+        smem=one.smem,
+        cluster=one.cluster,
+        pdl=product.pdl,
     )
