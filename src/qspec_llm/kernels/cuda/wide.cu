@@ -1,23 +1,20 @@
 // out [tokens, rows] = x [tokens, columns] times packed weights, transposed, for 17 tokens and more.
 //
-// A block owns WGS * 64 rows and some of the RANGES of columns; all its tokens (up to NT * 8) meet a
-// weight as soon as it is decoded. Each warp streams the weights of its 16 rows straight into
-// registers, DEPTH tiles ahead, and hands them to warpgroup products as operand A. They take
-// turns in keeping a ring of tiles of x in shared memory. Weights do not depend on earlier kernels, so their first tiles
-// are under way before those have ended.
+// A block of rows is WGS * 64 of them; all tokens of a block (up to NT * 8) meet a weight as soon as it
+// is decoded. Each warp streams the weights of its 16 rows straight into registers, a tile ahead, and
+// hands them to warpgroup products as operand A. The warps take turns in keeping a ring of tiles of x in
+// shared memory. Weights do not depend on earlier kernels, so the first are under way before those end.
 //
-// The order of a sum depends on the matrix alone, and direct.cu has the same: the RANGES of columns
-// (boundaries at num_col_tiles * r / RANGES) are summed from 0, group by group, and their sums are added
-// in order. Where a block owns all ranges it keeps the total in shared memory; otherwise the blocks of
-// the same rows leave the ranges' sums in a workspace, wait for each other and fold a slice each.
+// The order of a sum depends on the matrix alone, and direct.cu has the same: the columns are cut into
+// RANGES, range r from tile num_col_tiles * r / RANGES on; a range is summed from 0, group by group, and
+// the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows:
+// a thread block takes the next so many, in order. Of the rows that it has from range 0 on it keeps the
+// total in shared memory; the sums of other ranges, and totals that lack later ranges, go to a
+// workspace. Those who share rows wait for each other at their end and fold a slice each.
 //
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
-//   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups that multiply
-//   DEPTH tiles under way to registers, AHEAD tiles further to the L2, which takes no registers
-//   RANGES ranges of columns      SPLIT whether blocks share rows
-//   BLOCKS of a multiprocessor, which bounds registers
-//   CLUSTER 2: neighbouring blocks of rows form a cluster and fetch half of each tile of x for both
+//   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups      RANGES ranges of columns
 
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -44,33 +41,30 @@ struct Problem {
   const u8* bias;
   u8* out;
   float4* parts;  // [token block, row block][RANGES][ITEMS]
-  u32* arrivals;  // [token block, row block]: RANGES more after every kernel
+  u32* arrivals;  // [token block, row block]: ranges whose sums are there, RANGES more every time
   int num_tokens, num_rows, num_row_tiles, num_col_tiles;
-  int pitch, log_splits, num_stages;
+  int pitch, num_units, num_stages;
   int bias_kind;  // 0 none, 1 bf16, 2 float32
   int out_is_float;
 };
 
-// What this block computes: ranges [first_range, last_range), which are the tiles of columns
-// [first_tile, last_tile), of row block `block`; the tokens of blockIdx.y.
-struct Share {
-  int block, member, rank, first_range, last_range, first_tile, last_tile, first_token;
-};
-
 DEVICE int range_start(const Problem& p, int range) { return p.num_col_tiles * range / RANGES; }
 
-DEVICE Share my_share(const Problem& p) {
-  Share s;
-  const int pair = blockIdx.x / CLUSTER;
-  s.member = blockIdx.x % CLUSTER;
-  s.block = (pair >> p.log_splits) * CLUSTER + s.member;
-  s.rank = pair & ((1 << p.log_splits) - 1);
-  s.first_range = RANGES * s.rank >> p.log_splits;
-  s.last_range = RANGES * (s.rank + 1) >> p.log_splits;
-  s.first_tile = range_start(p, s.first_range);
-  s.last_tile = range_start(p, s.last_range);
-  s.first_token = blockIdx.y * TOKENS;
-  return s;
+// The first unit of thread block i, and the thread block of a unit.
+DEVICE int first_unit(const Problem& p, int i) { return (int)((long long)p.num_units * i / gridDim.x); }
+
+DEVICE int owner_of(const Problem& p, int unit) {
+  return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.num_units);
+}
+
+// Tiles before a unit, counted through all blocks of rows.
+DEVICE int tiles_before(const Problem& p, int unit) {
+  return unit / RANGES * p.num_col_tiles + range_start(p, unit % RANGES);
+}
+
+// Where the sums of a block of rows lie in the workspace.
+DEVICE int place_of(const Problem& p, int block) {
+  return blockIdx.y * (p.num_units / RANGES) + block;
 }
 
 struct Lane {
@@ -105,15 +99,6 @@ struct Raw {
 };
 
 #if BITS
-DEVICE u32 load_scale_plane(const u8* base, int lane, int which) {
-  const u8* plane = base + scale_at(0, 0, which);
-#if GROUP == 32
-  return load_once_u32(plane + lane * 4);
-#else
-  return load_once_u16(plane + (GROUP == 64 ? lane : lane % 16) * 2);
-#endif
-}
-
 // The scale, or offset, of this lane's row g or g + 8, out of the lane that holds it.
 DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
 #if GROUP == 32
@@ -125,61 +110,70 @@ DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
 }
 #endif
 
-// A warp's tiles, one after the other; `left` are still to be loaded.
+// A warp's tiles in order, from block of rows to block of rows: where this lane reads the next.
+// `left` are still to be loaded; `column` is that of the next.
 struct Stream {
   const u8* base;
+  const u8* scales;
   const u8* rest;
-  int left;
+  int left, column, row_tile;
 
-  DEVICE void load_half(Raw& raw, const Lane& l, int h) const {
-    if (left <= 0) return;
+  DEVICE Stream(const Problem& p, const Lane& l, int block, int first_column, int count) {
+    left = count, column = first_column, row_tile = block * WARPS + l.warp;
+    const size_t tile = (size_t)row_tile * p.num_col_tiles + column;
+    base = p.base + tile * BASE_BYTES + l.lane * 16;
+    rest = p.rest + tile * REST_BYTES + l.lane * 16;
+    scales = p.base + tile * BASE_BYTES;
+#if BITS
+    scales += scale_at(0, 0, 0) + (GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.lane % 16) * 2);
+#endif
+  }
+
+  // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
+  DEVICE bool has_tile(const Problem& p) const { return left > 0 && row_tile < p.num_row_tiles; }
+
+  DEVICE void load_half(Raw& raw, bool is_there, int h) const {
+    if (!is_there) return;
 #if BITS == 0
 #pragma unroll
-    for (int i = 0; i < 4; i++) raw.pieces[h][i] = load_once(base + dense_at(h, i) + l.lane * 16);
+    for (int i = 0; i < 4; i++) raw.pieces[h][i] = load_once(base + dense_at(h, i));
 #else
-    raw.pieces[h][0] = load_once(base + nibbles_at(h) + l.lane * 16);
+    raw.pieces[h][0] = load_once(base + nibbles_at(h));
 #if BITS >= 8
-    raw.pieces[h][1] = load_once(rest + nibbles_at(h) + l.lane * 16);
+    raw.pieces[h][1] = load_once(rest + nibbles_at(h));
 #endif
 #if BITS == 16
-    raw.pieces[h][2] = load_once(rest + bytes_at(h, 0) + l.lane * 16);
-    raw.pieces[h][3] = load_once(rest + bytes_at(h, 1) + l.lane * 16);
+    raw.pieces[h][2] = load_once(rest + bytes_at(h, 0));
+    raw.pieces[h][3] = load_once(rest + bytes_at(h, 1));
 #endif
 #endif
   }
 
-  DEVICE void load_scales(Raw& raw, const Lane& l) const {
+  DEVICE void load_scales(Raw& raw, bool is_there) const {
 #if BITS
-    if (left <= 0) return;
-    raw.scales = load_scale_plane(base, l.lane, 0);
+    if (!is_there) return;
+#if GROUP == 32
+    raw.scales = load_once_u32(scales);
+#else
+    raw.scales = load_once_u16(scales);
+#endif
 #if OFFSET
-    raw.offsets = load_scale_plane(base, l.lane, 1);
+#if GROUP == 32
+    raw.offsets = load_once_u32(scales + GROUPS_PER_TILE * 32);
+#else
+    raw.offsets = load_once_u16(scales + GROUPS_PER_TILE * 32);
 #endif
-#endif
-  }
-
-  DEVICE void advance() { base += BASE_BYTES, rest += REST_BYTES, left--; }
-
-  // Into the L2: the tile that lies AHEAD of the next one, or all until there.
-  DEVICE void fetch_ahead(const Lane& l) const {
-#if AHEAD
-    if (l.lane != 0 || left <= AHEAD) return;
-    prefetch_l2(base + AHEAD * BASE_BYTES, BASE_BYTES);
-#if REST_BYTES
-    prefetch_l2(rest + AHEAD * REST_BYTES, REST_BYTES);
 #endif
 #endif
   }
 
-  DEVICE void fetch_first(const Lane& l) const {
-#if AHEAD
-    const int count = min(left, DEPTH + AHEAD) - DEPTH;
-    if (l.lane != 0 || count <= 0) return;
-    prefetch_l2(base + DEPTH * BASE_BYTES, count * BASE_BYTES);
-#if REST_BYTES
-    prefetch_l2(rest + DEPTH * REST_BYTES, count * REST_BYTES);
-#endif
-#endif
+  DEVICE void advance(const Problem& p) {
+    base += BASE_BYTES, scales += BASE_BYTES, rest += REST_BYTES, left--;
+    if (++column == p.num_col_tiles) {
+      const size_t skipped = (size_t)(WARPS - 1) * p.num_col_tiles;
+      column = 0, row_tile += WARPS;
+      base += skipped * BASE_BYTES, scales += skipped * BASE_BYTES, rest += skipped * REST_BYTES;
+    }
   }
 };
 
@@ -282,7 +276,7 @@ DEVICE void add_product(Accumulators& acc, IntegerProduct& of, const Lane& l, u3
 
 // Each product is under way while the one before it is scaled and added.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next) {
+                          const Stream& next, bool is_there) {
   float scale[GROUPS_PER_TILE][2], shift[GROUPS_PER_TILE][2];
 #pragma unroll
   for (int group = 0; group < GROUPS_PER_TILE; group++) {
@@ -292,7 +286,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       shift[group][upper] = HAS_SHIFT ? row_shift(l, raw, group, upper) : 0.f;
     }
   }
-  next.load_scales(raw, l);
+  next.load_scales(raw, is_there);
   u32 a[2][2][4];
 #if BITS == 8
   u32 fine[2][2][4];
@@ -310,7 +304,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       bytes_of(fine[h][0], e.x, e.y, 4);
       bytes_of(fine[h][1], e.z, e.w, 4);
 #endif
-      next.load_half(raw, l, h);
+      next.load_half(raw, is_there, h);
     }
     if (j >= 2) {
       const int k = j - 2, column = k / (PRODUCTS / 2) * 64 + k / SUBTILES % SUBGROUPS * SUBGROUP;
@@ -349,7 +343,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #elif BITS == 4 || BITS == 8
 // Products of bf16 x with levels, a group of columns at a time, then its scale.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next) {
+                          const Stream& next, bool is_there) {
   const float unit = BITS == 8 ? 1.f / 16.f : 1.f;
   float scale[GROUPS_PER_TILE][2];
 #if HAS_SHIFT
@@ -365,7 +359,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #endif
     }
   }
-  next.load_scales(raw, l);
+  next.load_scales(raw, is_there);
   float d[NT][4];
 #if HAS_SHIFT
   float ones[NT][4];
@@ -387,7 +381,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #endif
 #pragma unroll
       for (int i = 0; i < 4; i++) levels_of(a[h][i], codes[i], low[i]);
-      next.load_half(raw, l, h);
+      next.load_half(raw, is_there, h);
     }
     if (step == 0) {
 #pragma unroll
@@ -424,7 +418,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #else
 // The bf16 weights of half a tile as A fragments: put together from their planes, or dense ones.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next) {
+                          const Stream& next, bool is_there) {
   u32 a[2][4][4];
 #if BITS == 16
   u32 scale[GROUPS_PER_TILE][2], half[GROUPS_PER_TILE][2];
@@ -435,7 +429,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       anchor_factors(scale[group][upper], half[group][upper], spread(l, raw.scales, group, upper));
     }
   }
-  next.load_scales(raw, l);
+  next.load_scales(raw, is_there);
 #endif
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -457,7 +451,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       exact_of(a[h][step], codes[step], r4[step], r8[step], scale[group], half[group]);
     }
 #endif
-    next.load_half(raw, l, h);
+    next.load_half(raw, is_there, h);
 #pragma unroll
     for (int step = 0; step < 4; step++) settle(a[h][step]);
     wgmma_begin();
@@ -486,17 +480,23 @@ DEVICE float bias_of(const Problem& p, int row) {
 }
 
 // Four sums of a lane: rows g and g + 8 of its warp's 16, two tokens.
-DEVICE void store_sums(const Problem& p, const Share& s, const Lane& l, int n, const float (&sum)[4]) {
+DEVICE void store_sums(const Problem& p, int block, const Lane& l, int n, const float (&sum)[4],
+                       const float (&bias)[2]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int row = (s.block * WARPS + l.warp) * TILE_ROWS + l.g + 8 * (i >> 1);
-    const int token = s.first_token + n * 8 + 2 * l.t + (i & 1);
+    const int row = (block * WARPS + l.warp) * TILE_ROWS + l.g + 8 * (i >> 1);
+    const int token = blockIdx.y * TOKENS + n * 8 + 2 * l.t + (i & 1);
     if (token >= p.num_tokens || row >= p.num_rows) continue;
-    const float value = sum[i] + bias_of(p, row);
+    const float value = sum[i] + bias[i >> 1];
     const size_t at = (size_t)token * p.num_rows + row;
     if (p.out_is_float) ((float*)p.out)[at] = value;
     else ((u16*)p.out)[at] = float_to_bf16(value);
   }
+}
+
+DEVICE void bias_of_rows(float (&bias)[2], const Problem& p, int block, const Lane& l) {
+  const int row = (block * WARPS + l.warp) * TILE_ROWS + l.g;
+  bias[0] = bias_of(p, row), bias[1] = bias_of(p, row + 8);
 }
 
 DEVICE void clear(Accumulators& acc) {
@@ -512,51 +512,6 @@ DEVICE Lane lane_of(int thread) {
   return l;
 }
 
-#if SPLIT
-// The sums of a range go where the fold finds them: [range][n][thread] of four.
-DEVICE void end_range(const Problem& p, const Share& s, const Lane& l, Accumulators& acc, u32 totals,
-                      int range) {
-  const int at = blockIdx.y * (gridDim.x >> p.log_splits) + s.block;
-  float4* to = p.parts + ((size_t)at * RANGES + range) * ITEMS + threadIdx.x;
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
-    __stcg(to + n * THREADS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
-  }
-  clear(acc);
-}
-
-// Wait for the blocks of the same rows, then add up and store a slice of their sums.
-DEVICE void fold(const Problem& p, const Share& s) {
-  const int at = blockIdx.y * (gridDim.x >> p.log_splits) + s.block;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    u32 seen, mine = RANGES >> p.log_splits;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(seen)
-                 : "l"(p.arrivals + at), "r"(mine)
-                 : "memory");
-    const u32 all = (seen / RANGES + 1) * RANGES;
-    seen += mine;
-    while ((int)(seen - all) < 0) {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p.arrivals + at) : "memory");
-    }
-  }
-  __syncthreads();
-  const float4* from = p.parts + (size_t)at * RANGES * ITEMS;
-  const int stop = ITEMS * (s.rank + 1) >> p.log_splits;
-  for (int item = (ITEMS * s.rank >> p.log_splits) + threadIdx.x; item < stop; item += THREADS) {
-    float4 part[RANGES];
-#pragma unroll
-    for (int r = 0; r < RANGES; r++) part[r] = __ldcg(from + (size_t)r * ITEMS + item);
-    float sum[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
-#pragma unroll
-    for (int r = 1; r < RANGES; r++) {
-      sum[0] += part[r].x, sum[1] += part[r].y, sum[2] += part[r].z, sum[3] += part[r].w;
-    }
-    store_sums(p, s, lane_of(item % THREADS), item / THREADS, sum);
-  }
-}
-#else
 // The total of the ranges so far lies in shared memory, each thread's own.
 DEVICE u32 total_at(u32 totals, int n) { return totals + (n * THREADS + threadIdx.x) * 16; }
 
@@ -571,16 +526,80 @@ DEVICE void add_total(Accumulators& acc, u32 totals) {
   }
 }
 
-DEVICE void end_range(const Problem& p, const Share& s, const Lane& l, Accumulators& acc, u32 totals,
-                      int range) {
-  if (range > 0) add_total(acc, totals);
+// A range of a block of rows is summed. This thread block has ranges [first, last) of those rows.
+DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 totals, int block,
+                      int range, int first, int last) {
+  if (first == 0 && range > 0) add_total(acc, totals);
+  if (first == 0 && range + 1 < last) {
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
-    store_shared4(total_at(totals, n), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
+    for (int n = 0; n < NT; n++) {
+      store_shared4(total_at(totals, n), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
+    }
+  } else if (first == 0 && last == RANGES) {
+    float bias[2];
+    bias_of_rows(bias, p, block, l);
+#pragma unroll
+    for (int n = 0; n < NT; n++) store_sums(p, block, l, n, acc[n], bias);
+  } else {  // a total takes the place of range 0
+    const size_t at = (size_t)place_of(p, block) * RANGES + (first == 0 ? 0 : range);
+    float4* to = p.parts + at * ITEMS + threadIdx.x;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      __stcg(to + n * THREADS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
+    }
   }
   clear(acc);
 }
-#endif
+
+// This block's sums of `count` ranges of some rows are in the workspace. Thread 0 gets the count that
+// says that all ranges are.
+DEVICE u32 arrive(const Problem& p, int block, u32 count) {
+  __syncthreads();
+  u32 seen = 0;
+  if (threadIdx.x == 0) {
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(seen)
+                 : "l"(p.arrivals + place_of(p, block)), "r"(count)
+                 : "memory");
+  }
+  return (seen / RANGES + 1) * RANGES;
+}
+
+// Wait for all ranges of a block of rows, then add them up and store this thread block's slice.
+DEVICE void fold(const Problem& p, int block, u32 all) {
+  if (threadIdx.x == 0) {
+    u32 seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                   : "=r"(seen)
+                   : "l"(p.arrivals + place_of(p, block))
+                   : "memory");
+    } while ((int)(seen - all) < 0);
+  }
+  __syncthreads();
+  const int head = owner_of(p, block * RANGES), tail = owner_of(p, block * RANGES + RANGES - 1);
+  const int next_range = first_unit(p, head + 1) - block * RANGES;  // behind the head's total
+  const int sharers = tail - head + 1, rank = blockIdx.x - head;
+  const float4* from = p.parts + (size_t)place_of(p, block) * RANGES * ITEMS;
+  const int stop = ITEMS * (rank + 1) / sharers;
+  for (int item = ITEMS * rank / sharers + threadIdx.x; item < stop; item += THREADS) {
+    float4 part[RANGES];
+#pragma unroll
+    for (int r = 0; r < RANGES; r++) {
+      if (r == 0 || r >= next_range) part[r] = __ldcg(from + (size_t)r * ITEMS + item);
+    }
+    float sum[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
+#pragma unroll
+    for (int r = 1; r < RANGES; r++) {
+      if (r < next_range) continue;
+      sum[0] += part[r].x, sum[1] += part[r].y, sum[2] += part[r].z, sum[3] += part[r].w;
+    }
+    const Lane l = lane_of(item % THREADS);
+    float bias[2];
+    bias_of_rows(bias, p, block, l);
+    store_sums(p, block, l, item / THREADS, sum, bias);
+  }
+}
 
 // ---- x -------------------------------------------------------------------------------------------
 
@@ -588,100 +607,54 @@ struct Ring {
   u32 x, meta, full, empty;
 };
 
-// Box of x and bulk of meta: to this block, or to the same place in both blocks of the cluster.
-DEVICE void load_box(u32 to, const TensorMap* map, int x, int y, u32 bar) {
-#if CLUSTER == 1
-  tensor_load(to, map, x, y, bar);
-#else
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)3)
-      : "memory");
-#endif
-}
-
-DEVICE void load_meta(u32 to, const u8* from, u32 bytes, u32 bar) {
-#if CLUSTER == 1
-  bulk_load(to, from, bytes, bar);
-#else
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(bar), "h"((u16)3)
-      : "memory");
-#endif
-}
-
-// This block's part of a tile: half of the tokens of int8 codes, or 64 columns of bf16.
-DEVICE void fetch_x(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map, int slot,
-                    int tile, int lane) {
+DEVICE void fetch_x(const Problem& p, const Ring& ring, const TensorMap* map, int slot, int column,
+                    int lane) {
   const u32 bar = ring.full + slot * 8, to = ring.x + slot * X_BYTES;
+  const int first_token = blockIdx.y * TOKENS;
   if (lane == 0) barrier_expect(bar, X_BYTES + META_BYTES);
   __syncwarp();
 #if ACT == 8
-  const int skip = s.member * (TOKENS / CLUSTER);
-  if (lane == 0) load_box(to + skip * 128, map, tile * TILE_COLS, s.first_token + skip, bar);
-  if (lane >= 1 && lane <= ACT_GROUPS / CLUSTER) {
-    const int part = s.member * (ACT_GROUPS / CLUSTER) + lane - 1;
-    const size_t group = (size_t)tile * ACT_GROUPS + part;
-    load_meta(ring.meta + slot * META_BYTES + part * (TOKENS * 8),
-              p.meta + (group * p.pitch + s.first_token) * 8, TOKENS * 8, bar);
+  if (lane == 0) tensor_load(to, map, column * TILE_COLS, first_token, bar);
+  if (lane >= 1 && lane <= ACT_GROUPS) {
+    const size_t group = (size_t)column * ACT_GROUPS + lane - 1;
+    bulk_load(ring.meta + slot * META_BYTES + (lane - 1) * (TOKENS * 8),
+              p.meta + (group * p.pitch + first_token) * 8, TOKENS * 8, bar);
   }
 #else
-  if (lane < 2 / CLUSTER) {
-    const int half = s.member + lane;
-    load_box(to + half * (X_BYTES / 2), map, tile * TILE_COLS + half * 64, s.first_token, bar);
+  if (lane < 2) {
+    tensor_load(to + lane * (X_BYTES / 2), map, column * TILE_COLS + lane * 64, first_token, bar);
   }
 #endif
   __syncwarp();
 }
 
-// This warp has read what lies in a slot. Where nothing will follow there, no one waits for that.
-DEVICE void leave_slot(const Ring& ring, int slot, int lane) {
-#if CLUSTER == 1
-  if (lane == 0) barrier_arrive(ring.empty + slot * 8);
-#else
-  if (lane < CLUSTER) barrier_arrive_remote(remote_address(ring.empty + slot * 8, lane));
-#endif
-}
-
-// Tiles of x are fetched by the multiplying warps in turn: when all have read the tile LAG before this
-// one, its place takes the next tile of the ring.
+// The tiles of x of a thread block, `count` of them from `column` on and around, fetched by its warps in
+// turn. At tile number `due` this warp waits until all have read the tile LAG before that, and lets
+// tile number `index` take its place.
 #define LAG 2
 
-DEVICE void fetch_first(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map,
-                        const Lane& l) {
-  wait_for_earlier_kernels();
-  for (int i = l.warp; i < p.num_stages && s.first_tile + i < s.last_tile; i += WARPS) {
-    fetch_x(p, s, ring, map, i, s.first_tile + i, l.lane);
-  }
-}
-
-// A warp's next turn: at tile `due`, slot `slot` takes tile `tile`, once it is empty.
 struct Turn {
-  int due, slot, parity, tile;
+  int index, column, slot, parity, due, count;
 
-  DEVICE void settle(const Problem& p, const Share& s) {
+  DEVICE void settle(const Problem& p) {
     while (slot >= p.num_stages) slot -= p.num_stages, parity ^= 1;
-    due = tile < s.last_tile ? tile - p.num_stages + LAG : -1;
+    while (column >= p.num_col_tiles) column -= p.num_col_tiles;
+    due = index < count ? index - p.num_stages + LAG : -1;
   }
 
-  DEVICE void take(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map,
-                   const Lane& l) {
-    barrier_wait(ring.empty + slot * 8, parity);
-    fetch_x(p, s, ring, map, slot, tile, l.lane);
-    slot += WARPS, tile += WARPS;
-    settle(p, s);
+  DEVICE void take(const Problem& p, const Ring& ring, const TensorMap* map, int lane) {
+    if (index >= p.num_stages) barrier_wait(ring.empty + slot * 8, parity ^ 1);
+    fetch_x(p, ring, map, slot, column, lane);
+    index += WARPS, column += WARPS, slot += WARPS;
+    settle(p);
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wide(const __grid_constant__ TensorMap map, const __grid_constant__ Problem p) {
   extern __shared__ u8 raw_bytes[];
   __shared__ u64 barriers[2 * MAX_STAGES];
   launch_dependents();
-  const Share s = my_share(p);
   const Lane l = lane_of(threadIdx.x);
   Ring ring;
   ring.x = (smem_address(raw_bytes) + 1023) / 1024 * 1024;
@@ -690,71 +663,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   ring.empty = ring.full + MAX_STAGES * 8;
   const u32 totals = ring.meta + p.num_stages * META_BYTES;
 
+  const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
+  const int num_tiles = tiles_before(p, end) - tiles_before(p, begin);
+  int block = begin / RANGES, range = begin % RANGES, column = range_start(p, range);
+
   // the first weights are on their way before anything else happens
-  const int row_tile = s.block * WARPS + l.warp;
-  const size_t first = (size_t)row_tile * p.num_col_tiles + s.first_tile;
-  Stream next = {p.base + first * BASE_BYTES, p.rest + first * REST_BYTES,
-                 row_tile < p.num_row_tiles ? s.last_tile - s.first_tile : 0};
-  const Stream start = next;
-  Raw raw[DEPTH] = {};
-#pragma unroll
-  for (int d = 0; d < DEPTH; d++) {
-    next.load_scales(raw[d], l);
-    next.load_half(raw[d], l, 0);
-    next.load_half(raw[d], l, 1);
-    next.advance();
-  }
-  start.fetch_first(l);
+  Stream next(p, l, block, column, num_tiles);
+  Raw raw = {};
+  next.load_scales(raw, next.has_tile(p));
+  next.load_half(raw, next.has_tile(p), 0);
+  next.load_half(raw, next.has_tile(p), 1);
+  next.advance(p);
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.num_stages; i++) {
       barrier_init(ring.full + i * 8, 1);
-      barrier_init(ring.empty + i * 8, WARPS * CLUSTER);
+      barrier_init(ring.empty + i * 8, WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
-#if CLUSTER == 1
   __syncthreads();
-#else
-  cluster_arrive();
-  cluster_wait();
-#endif
-  fetch_first(p, s, ring, &map, l);
+  wait_for_earlier_kernels();
+  Turn turn = {l.warp, column + l.warp, l.warp, 0, 0, num_tiles};
+  turn.settle(p);
+  while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, l.lane);
 
   Accumulators acc;
   clear(acc);
   Slot slot = {0, 0};
-  Turn turn = {0, l.warp, 0, s.first_tile + p.num_stages + l.warp};
-  turn.settle(p, s);
-  int range = s.first_range, stop = range_start(p, range + 1);
-  int tile = s.first_tile;
-  while (tile < s.last_tile) {
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-      if (tile < s.last_tile) {
-        while (tile == stop) {
-          end_range(p, s, l, acc, totals, range);
-          stop = range_start(p, ++range + 1);
-        }
-        const TileOfX of_x = {x_descriptor(ring.x + slot.index * X_BYTES), ring.meta + slot.index * META_BYTES};
-        if (tile == turn.due) turn.take(p, s, ring, &map, l);
-        barrier_wait_whole(ring.full + slot.index * 8, slot.parity);
-        next.fetch_ahead(l);
-        multiply_tile(acc, raw[d], l, of_x, next);
-        next.advance();
-        if (tile + p.num_stages < s.last_tile) leave_slot(ring, slot.index, l.lane);
-        slot.advance(p.num_stages);
-        tile++;
-      }
+  u32 all_of_first = 0, all_of_last = 0;  // arrivals to wait for, of rows that others share
+  const int first_block = block;
+  int tile = 0, first = range;
+  for (int unit = begin; unit < end; unit++) {
+    const int stop = tile + range_start(p, range + 1) - range_start(p, range);
+    for (; tile < stop; tile++) {
+      const TileOfX of_x = {x_descriptor(ring.x + slot.index * X_BYTES), ring.meta + slot.index * META_BYTES};
+      if (tile == turn.due) turn.take(p, ring, &map, l.lane);
+      barrier_wait_whole(ring.full + slot.index * 8, slot.parity);
+      multiply_tile(acc, raw, l, of_x, next, next.has_tile(p));
+      next.advance(p);
+      if (l.lane == 0) barrier_arrive(ring.empty + slot.index * 8);
+      slot.advance(p.num_stages);
     }
+    const int last = min(RANGES, end - block * RANGES);
+    end_range(p, l, acc, totals, block, range, first, last);
+    if (++range < last) continue;
+    if (first > 0 || last < RANGES) {
+      const u32 all = arrive(p, block, last - first);
+      if (block == first_block) all_of_first = all;
+      else all_of_last = all;
+    }
+    block++, range = first = 0;
   }
-#if SPLIT
-  for (; range < s.last_range; range++) end_range(p, s, l, acc, totals, range);
-  fold(p, s);
-#else
-  for (; range < RANGES - 1; range++) end_range(p, s, l, acc, totals, range);
-  add_total(acc, totals);
-#pragma unroll
-  for (int n = 0; n < NT; n++) store_sums(p, s, l, n, acc[n]);
-#endif
+  const int last_block = block - 1;
+  if (__syncthreads_or(all_of_first)) fold(p, first_block, all_of_first);
+  if (__syncthreads_or(all_of_last)) fold(p, last_block, all_of_last);
 }

@@ -16,7 +16,7 @@ from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, 
 from qspec_llm.kernels.cuda.form import Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS
 
-__all__ = ["LEAST_TOKENS", "MAX_TOKENS", "Tuning", "can_run", "multiply", "splits_of", "tuning"]
+__all__ = ["LEAST_TOKENS", "MAX_TOKENS", "Tuning", "can_run", "multiply", "blocks_of", "tuning"]
 
 LEAST_TOKENS = 17  # below, direct.cu reads the same bytes with less ado
 MAX_TOKENS = 128  # of a block; more are cut into blocks of so many
@@ -32,21 +32,13 @@ class Tuning:
     """What may differ between instances without changing any sum.
 
     Attributes:
-        groups: warpgroups that multiply, 64 rows each.
-        depth: tiles of weights under way in a warp's registers.
-        ahead: tiles beyond those that are fetched into the L2.
-        splits: blocks that share the columns of the same rows; None lets `splits_of` choose.
+        groups: warpgroups, 64 rows each: 2, 3 or 4.
+        units: least number of units of a thread block; more make fewer thread blocks.
         stages: most tiles of x in shared memory.
-        blocks: blocks that share a multiprocessor, which bounds registers and stages.
-        cluster: 2 lets neighbouring blocks of rows fetch x for each other.
     """
 
     groups: int
-    depth: int
-    ahead: int = 4
-    blocks: int = 1
-    cluster: int = 1
-    splits: int | None = None
+    units: int = 1
     stages: int = MAX_STAGES
 
 
@@ -54,8 +46,8 @@ def tuning(form: Form, token_tiles: int) -> Tuning:
     """The measured best (docs/gpu-notes.md)."""
     is_shifted = form.act == 16 and form.bits in (4, 8) and (form.has_offset or form.has_middle)
     if token_tiles > 8 or is_shifted:  # sums of x take as many registers as the products
-        return Tuning(groups=2, depth=1)
-    return Tuning(groups=4, depth=1)
+        return Tuning(groups=2)
+    return Tuning(groups=4)
 
 
 def can_run(device: int) -> bool:
@@ -63,25 +55,15 @@ def can_run(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@functools.cache
-def splits_of(num_blocks: int, num_col_tiles: int, multiprocessors: int, most: int) -> int:
-    """How many blocks share the columns: 1, 2, 4 or 8, whichever ends first.
-
-    A block runs alone on its multiprocessor. Besides its tiles it costs about two tiles' time to
-    start, and three more where sums are exchanged.
+def blocks_of(num_units: int, slots: int, least: int = 1) -> int:
+    """Thread blocks for so many units: the fewest with which the busiest has as few as can be.
 
     Args:
-        num_blocks: blocks of rows, times blocks of tokens.
-        num_col_tiles: tiles of 128 columns.
-        multiprocessors: of the device.
-        most: the workspace's limit.
+        num_units: units of one token block.
+        slots: thread blocks that run at once.
+        least: units that each has at least.
     """
-
-    def cost(splits: int) -> int:
-        turns = math.ceil(num_blocks * splits / multiprocessors)
-        return turns * (math.ceil(num_col_tiles / splits) + 2) + 3 * (splits > 1)
-
-    return min((splits for splits in (1, 2, 4, 8) if splits <= most), key=cost)
+    return math.ceil(num_units / max(least, math.ceil(num_units / slots)))
 
 
 class _Problem(ctypes.Structure):
@@ -92,7 +74,7 @@ class _Problem(ctypes.Structure):
             "meta", "base", "rest", "bias", "out", "parts", "arrivals",
         )),
         *((name, ctypes.c_int) for name in (
-            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "log_splits",
+            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "num_units",
             "num_stages", "bias_kind", "out_is_float",
         )),
     )  # fmt: skip
@@ -105,11 +87,10 @@ class _Instance:
     kernel: Kernel
     grid: tuple[int, int]
     threads: int
-    splits: int
+    num_units: int
     num_stages: int
     smem: int
     box: tuple[int, int]
-    cluster: int
 
 
 @functools.cache
@@ -120,20 +101,18 @@ def _instance(
     tokens = token_tiles * 8
     tuned = chosen or tuning(form, token_tiles)
     threads = tuned.groups * 128
-    row_blocks = math.ceil(row_tiles / (4 * tuned.groups * tuned.cluster)) * tuned.cluster
-    num_blocks = row_blocks * math.ceil(num_tokens / tokens)
-    sums = threads * token_tiles * 16  # bytes of a block's range
-    fits = num_blocks <= WORKSPACE_COUNTERS and num_blocks * RANGES * sums <= WORKSPACE_BYTES
-    splits = tuned.splits or splits_of(
-        num_blocks, col_tiles, num_multiprocessors(device) * tuned.blocks, RANGES if fits else 1
-    )
+    row_blocks = math.ceil(row_tiles / (4 * tuned.groups))
+    token_blocks = math.ceil(num_tokens / tokens)
+    sums = threads * token_tiles * 16  # bytes of a range of a block of rows
+    places = row_blocks * token_blocks
+    fits = places <= WORKSPACE_COUNTERS and places * RANGES * sums <= WORKSPACE_BYTES
+    slots = max(1, num_multiprocessors(device) // token_blocks)
+    num_units = row_blocks * RANGES
+    num_blocks = blocks_of(num_units, slots, tuned.units) if fits else row_blocks
     stage = tokens * TILE_COLS * form.act // 8
     if form.act == 8:
         stage += TILE_COLS // form.act_group * tokens * 8
-    totals = sums if splits == 1 else 0
-    num_tiles = math.ceil(col_tiles / splits)
-    room = (SMEM - (tuned.blocks - 1 << 11)) // tuned.blocks - totals
-    num_stages = min(room // stage, tuned.stages, max(num_tiles, 3))
+    num_stages = min((SMEM - sums) // stage, tuned.stages)
     return _Instance(
         kernel=kernel(
             "wide.cu",
@@ -141,20 +120,14 @@ def _instance(
             **form.defines(),
             NT=token_tiles,
             WGS=tuned.groups,
-            DEPTH=tuned.depth,
-            AHEAD=tuned.ahead,
-            BLOCKS=tuned.blocks,
-            CLUSTER=tuned.cluster,
             RANGES=RANGES,
-            SPLIT=int(splits > 1),
         ),
-        grid=(row_blocks * splits, math.ceil(num_tokens / tokens)),
+        grid=(num_blocks, token_blocks),
         threads=threads,
-        splits=splits,
+        num_units=num_units,
         num_stages=num_stages,
-        smem=1024 + num_stages * stage + totals,
-        box=(tokens // tuned.cluster, 128) if form.act == 8 else (tokens, 64),
-        cluster=tuned.cluster,
+        smem=1024 + num_stages * stage + sums,
+        box=(tokens, 128 if form.act == 8 else 64),
     )
 
 
@@ -187,7 +160,7 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         num_row_tiles=row_tiles,
         num_col_tiles=col_tiles,
         pitch=0 if meta is None else meta.shape[1],
-        log_splits=one.splits.bit_length() - 1,
+        num_units=one.num_units,
         num_stages=one.num_stages,
         bias_kind=product.bias_kind,
         out_is_float=int(product.out.dtype is torch.float32),
@@ -197,6 +170,5 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         one.threads,
         [tensor_map(product.values, one.box), problem],
         smem=one.smem,
-        cluster=one.cluster,
         pdl=product.pdl,
     )
