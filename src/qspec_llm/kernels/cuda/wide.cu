@@ -1,20 +1,21 @@
 // out [tokens, rows] = x [tokens, columns] times packed weights, transposed, for 17 tokens and more.
 //
 // A block of rows is WGS * 64 of them; all tokens of a block (up to NT * 8) meet a weight as soon as it
-// is decoded. Each warp streams the weights of its 16 rows straight into registers, a tile ahead, and
+// is decoded. Each warp streams the weights of its 16 rows straight into registers, DEPTH tiles ahead, and
 // hands them to warpgroup products as operand A. The warps take turns in keeping a ring of tiles of x in
 // shared memory. Weights do not depend on earlier kernels, so the first are under way before those end.
 //
 // The order of a sum depends on the matrix alone, and direct.cu has the same: the columns are cut into
 // RANGES, range r from tile num_col_tiles * r / RANGES on; a range is summed from 0, group by group, and
-// the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows:
-// a thread block takes the next so many, in order. Of the rows that it has from range 0 on it keeps the
-// total in shared memory; the sums of other ranges, and totals that lack later ranges, go to a
-// workspace. Those who share rows wait for each other at their end and fold a slice each.
+// the ranges' sums are added in order. Where a thread block owns all ranges of its rows it keeps the
+// total in shared memory; otherwise the thread blocks of the same rows leave the ranges' sums in a
+// workspace, wait for each other and fold a slice each.
 //
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
-//   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups      RANGES ranges of columns
+//   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups
+//   DEPTH tiles of weights under way         RANGES of columns
+//   SPLIT whether thread blocks share rows
 
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -32,6 +33,7 @@
 #define WARPS (WGS * 4)
 #define THREADS (WARPS * 32)
 #define MAX_STAGES 32
+#define FIRST_TILES 6  // that are on their way to the L2 from the start
 #define ITEMS (THREADS * NT)  // groups of four sums in a block's range
 
 struct Problem {
@@ -41,30 +43,30 @@ struct Problem {
   const u8* bias;
   u8* out;
   float4* parts;  // [token block, row block][RANGES][ITEMS]
-  u32* arrivals;  // [token block, row block]: ranges whose sums are there, RANGES more every time
+  u32* arrivals;  // [token block, row block]: RANGES more after every kernel
   int num_tokens, num_rows, num_row_tiles, num_col_tiles;
-  int pitch, num_units, num_stages;
+  int pitch, log_splits, num_stages;
   int bias_kind;  // 0 none, 1 bf16, 2 float32
   int out_is_float;
 };
 
+// What this thread block computes: ranges [first_range, last_range), which are the tiles of columns
+// [first_tile, last_tile), of the block of rows `block`; the tokens of blockIdx.y.
+struct Share {
+  int block, rank, first_range, last_range, first_tile, last_tile;
+};
+
 DEVICE int range_start(const Problem& p, int range) { return p.num_col_tiles * range / RANGES; }
 
-// The first unit of thread block i, and the thread block of a unit.
-DEVICE int first_unit(const Problem& p, int i) { return (int)((long long)p.num_units * i / gridDim.x); }
-
-DEVICE int owner_of(const Problem& p, int unit) {
-  return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.num_units);
-}
-
-// Tiles before a unit, counted through all blocks of rows.
-DEVICE int tiles_before(const Problem& p, int unit) {
-  return unit / RANGES * p.num_col_tiles + range_start(p, unit % RANGES);
-}
-
-// Where the sums of a block of rows lie in the workspace.
-DEVICE int place_of(const Problem& p, int block) {
-  return blockIdx.y * (p.num_units / RANGES) + block;
+DEVICE Share my_share(const Problem& p) {
+  Share s;
+  s.block = blockIdx.x >> p.log_splits;
+  s.rank = blockIdx.x & ((1 << p.log_splits) - 1);
+  s.first_range = RANGES * s.rank >> p.log_splits;
+  s.last_range = RANGES * (s.rank + 1) >> p.log_splits;
+  s.first_tile = range_start(p, s.first_range);
+  s.last_tile = range_start(p, s.last_range);
+  return s;
 }
 
 struct Lane {
@@ -110,17 +112,18 @@ DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
 }
 #endif
 
-// A warp's tiles in order, from block of rows to block of rows: where this lane reads the next.
-// `left` are still to be loaded; `column` is that of the next.
+// A warp's tiles, one after the other: where this lane reads the next, and how many are left.
 struct Stream {
   const u8* base;
   const u8* scales;
   const u8* rest;
-  int left, column, row_tile;
+  int left;
 
-  DEVICE Stream(const Problem& p, const Lane& l, int block, int first_column, int count) {
-    left = count, column = first_column, row_tile = block * WARPS + l.warp;
-    const size_t tile = (size_t)row_tile * p.num_col_tiles + column;
+  // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
+  DEVICE Stream(const Problem& p, const Share& s, const Lane& l) {
+    const int row_tile = s.block * WARPS + l.warp;
+    const size_t tile = (size_t)row_tile * p.num_col_tiles + s.first_tile;
+    left = row_tile < p.num_row_tiles ? s.last_tile - s.first_tile : 0;
     base = p.base + tile * BASE_BYTES + l.lane * 16;
     rest = p.rest + tile * REST_BYTES + l.lane * 16;
     scales = p.base + tile * BASE_BYTES;
@@ -129,11 +132,18 @@ struct Stream {
 #endif
   }
 
-  // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
-  DEVICE bool has_tile(const Problem& p) const { return left > 0 && row_tile < p.num_row_tiles; }
+  // What comes after the tiles that registers hold, into the L2.
+  DEVICE void fetch_first(const Lane& l) const {
+    const int count = min(left - DEPTH, FIRST_TILES);
+    if (l.lane != 0 || count <= 0) return;
+    prefetch_l2(base + DEPTH * BASE_BYTES, count * BASE_BYTES);
+#if REST_BYTES
+    prefetch_l2(rest + DEPTH * REST_BYTES, count * REST_BYTES);
+#endif
+  }
 
-  DEVICE void load_half(Raw& raw, bool is_there, int h) const {
-    if (!is_there) return;
+  DEVICE void load_half(Raw& raw, int h) const {
+    if (left <= 0) return;
 #if BITS == 0
 #pragma unroll
     for (int i = 0; i < 4; i++) raw.pieces[h][i] = load_once(base + dense_at(h, i));
@@ -149,9 +159,9 @@ struct Stream {
 #endif
   }
 
-  DEVICE void load_scales(Raw& raw, bool is_there) const {
+  DEVICE void load_scales(Raw& raw) const {
 #if BITS
-    if (!is_there) return;
+    if (left <= 0) return;
 #if GROUP == 32
     raw.scales = load_once_u32(scales);
 #else
@@ -167,14 +177,7 @@ struct Stream {
 #endif
   }
 
-  DEVICE void advance(const Problem& p) {
-    base += BASE_BYTES, scales += BASE_BYTES, rest += REST_BYTES, left--;
-    if (++column == p.num_col_tiles) {
-      const size_t skipped = (size_t)(WARPS - 1) * p.num_col_tiles;
-      column = 0, row_tile += WARPS;
-      base += skipped * BASE_BYTES, scales += skipped * BASE_BYTES, rest += skipped * REST_BYTES;
-    }
-  }
+  DEVICE void advance() { base += BASE_BYTES, scales += BASE_BYTES, rest += REST_BYTES, left--; }
 };
 
 // ---- multiplication ------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ DEVICE void add_product(Accumulators& acc, IntegerProduct& of, const Lane& l, u3
 
 // Each product is under way while the one before it is scaled and added.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next, bool is_there) {
+                          const Stream& next) {
   float scale[GROUPS_PER_TILE][2], shift[GROUPS_PER_TILE][2];
 #pragma unroll
   for (int group = 0; group < GROUPS_PER_TILE; group++) {
@@ -286,7 +289,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       shift[group][upper] = HAS_SHIFT ? row_shift(l, raw, group, upper) : 0.f;
     }
   }
-  next.load_scales(raw, is_there);
+  next.load_scales(raw);
   u32 a[2][2][4];
 #if BITS == 8
   u32 fine[2][2][4];
@@ -304,7 +307,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       bytes_of(fine[h][0], e.x, e.y, 4);
       bytes_of(fine[h][1], e.z, e.w, 4);
 #endif
-      next.load_half(raw, is_there, h);
+      next.load_half(raw, h);
     }
     if (j >= 2) {
       const int k = j - 2, column = k / (PRODUCTS / 2) * 64 + k / SUBTILES % SUBGROUPS * SUBGROUP;
@@ -343,7 +346,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #elif BITS == 4 || BITS == 8
 // Products of bf16 x with levels, a group of columns at a time, then its scale.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next, bool is_there) {
+                          const Stream& next) {
   const float unit = BITS == 8 ? 1.f / 16.f : 1.f;
   float scale[GROUPS_PER_TILE][2];
 #if HAS_SHIFT
@@ -359,67 +362,66 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #endif
     }
   }
-  next.load_scales(raw, is_there);
+  next.load_scales(raw);
   float d[NT][4];
 #if HAS_SHIFT
   float ones[NT][4];
   const u32 one[4] = {0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u};
 #endif
-  u32 a[2][4][4];
 #pragma unroll
-  for (int at_step = 0; at_step < 8; at_step++) {
-    const int h = at_step / 4, step = at_step % 4, group = at_step * 16 / GROUP;
-    const bool starts = at_step * 16 % GROUP == 0, ends = (at_step + 1) * 16 % GROUP == 0;
-    if (step == 0) {
-      const uint4 w = raw.pieces[h][0];
-      const u32 codes[4] = {w.x, w.y, w.z, w.w};
+  for (int pair = 0; pair < 4; pair++) {
+    const int h = pair / 2, group = pair * 32 / GROUP;
+    const bool starts = pair * 32 % GROUP == 0, ends = (pair + 1) * 32 % GROUP == 0;
+    if (pair >= 2) wgmma_wait<1>();  // the registers of the pair before the last are free
+    const uint4 w = raw.pieces[h][0];
+    const u32 codes[4] = {w.x, w.y, w.z, w.w};
 #if BITS == 8
-      const uint4 e = raw.pieces[h][1];
-      const u32 low[4] = {e.x, e.y, e.z, e.w};
+    const uint4 e = raw.pieces[h][1];
+    const u32 low[4] = {e.x, e.y, e.z, e.w};
 #else
-      const u32 low[4] = {0, 0, 0, 0};
+    const u32 low[4] = {0, 0, 0, 0};
 #endif
+    u32 a[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) levels_of(a[h][i], codes[i], low[i]);
-      next.load_half(raw, is_there, h);
+    for (int i = 0; i < 2; i++) {
+      levels_of(a[i], codes[pair % 2 * 2 + i], low[pair % 2 * 2 + i]);
+      settle(a[i]);
     }
-    if (step == 0) {
+    if (pair % 2) next.load_half(raw, h);
+    wgmma_begin();
 #pragma unroll
-      for (int i = 0; i < 4; i++) settle(a[h][i]);
+    for (int i = 0; i < 2; i++) {
+      const u32 b = tile.x + (h * (X_BYTES / 2) + (pair % 2 * 2 + i) * 32) / 16;
+      if (starts && i == 0) wgmma_bf16<false>(d, a[i], b);
+      else wgmma_bf16<true>(d, a[i], b);
+#if HAS_SHIFT
+      if (starts && i == 0) wgmma_bf16<false>(ones, one, b);
+      else wgmma_bf16<true>(ones, one, b);
+#endif
     }
-    if (step == 0 || starts) wgmma_begin();
-    const u32 b = tile.x + (h * (X_BYTES / 2) + step * 32) / 16;
-    if (starts) wgmma_bf16<false>(d, a[h][step], b);
-    else wgmma_bf16<true>(d, a[h][step], b);
+    wgmma_commit();
+    if (!ends) continue;
+    wgmma_wait<0>();
+    hold(d);
 #if HAS_SHIFT
-    if (starts) wgmma_bf16<false>(ones, one, b);
-    else wgmma_bf16<true>(ones, one, b);
-#endif
-    if (step == 3 || ends) wgmma_commit();
-    if (ends) {
-      wgmma_wait<0>();
-      hold(d);
-#if HAS_SHIFT
-      hold(ones);
+    hold(ones);
 #endif
 #pragma unroll
-      for (int n = 0; n < NT; n++) {
+    for (int n = 0; n < NT; n++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          acc[n][i] = fmaf(d[n][i], scale[group][i >> 1], acc[n][i]);
+      for (int i = 0; i < 4; i++) {
+        acc[n][i] = fmaf(d[n][i], scale[group][i >> 1], acc[n][i]);
 #if HAS_SHIFT
-          acc[n][i] = fmaf(ones[n][i & 1], shift[group][i >> 1], acc[n][i]);
+        acc[n][i] = fmaf(ones[n][i & 1], shift[group][i >> 1], acc[n][i]);
 #endif
-        }
       }
     }
   }
 }
 #else
-// The bf16 weights of half a tile as A fragments: put together from their planes, or dense ones.
+// The bf16 weights themselves, put together from their planes or dense ones, 32 columns at a time.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next, bool is_there) {
-  u32 a[2][4][4];
+                          const Stream& next) {
 #if BITS == 16
   u32 scale[GROUPS_PER_TILE][2], half[GROUPS_PER_TILE][2];
 #pragma unroll
@@ -429,35 +431,35 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       anchor_factors(scale[group][upper], half[group][upper], spread(l, raw.scales, group, upper));
     }
   }
-  next.load_scales(raw, is_there);
+  next.load_scales(raw);
 #endif
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const uint4 w0 = raw.pieces[h][0], w1 = raw.pieces[h][1];
-    const uint4 w2 = raw.pieces[h][2], w3 = raw.pieces[h][3];
+  for (int pair = 0; pair < 4; pair++) {
+    const int h = pair / 2;
+    if (pair >= 2) wgmma_wait<1>();  // the registers of the pair before the last are free
+    u32 a[2][4];
 #if BITS == 0
-    const uint4 w[4] = {w0, w1, w2, w3};
 #pragma unroll
-    for (int step = 0; step < 4; step++) {
-      a[h][step][0] = w[step].x, a[h][step][1] = w[step].y;
-      a[h][step][2] = w[step].z, a[h][step][3] = w[step].w;
+    for (int i = 0; i < 2; i++) {
+      const uint4 w = raw.pieces[h][pair % 2 * 2 + i];
+      a[i][0] = w.x, a[i][1] = w.y, a[i][2] = w.z, a[i][3] = w.w;
     }
 #else
-    const u32 codes[4] = {w0.x, w0.y, w0.z, w0.w}, r4[4] = {w1.x, w1.y, w1.z, w1.w};
-    const u32 r8[4][2] = {{w2.x, w2.y}, {w2.z, w2.w}, {w3.x, w3.y}, {w3.z, w3.w}};
+    const uint4 w = raw.pieces[h][0], e = raw.pieces[h][1], f = raw.pieces[h][2 + pair % 2];
+    const u32 codes[2] = {pair % 2 ? w.z : w.x, pair % 2 ? w.w : w.y};
+    const u32 r4[2] = {pair % 2 ? e.z : e.x, pair % 2 ? e.w : e.y};
+    const u32 r8[2][2] = {{f.x, f.y}, {f.z, f.w}};
 #pragma unroll
-    for (int step = 0; step < 4; step++) {
-      const int group = (h * 64 + step * 16) / GROUP;
-      exact_of(a[h][step], codes[step], r4[step], r8[step], scale[group], half[group]);
+    for (int i = 0; i < 2; i++) {
+      exact_of(a[i], codes[i], r4[i], r8[i], scale[pair * 32 / GROUP], half[pair * 32 / GROUP]);
     }
 #endif
-    next.load_half(raw, is_there, h);
-#pragma unroll
-    for (int step = 0; step < 4; step++) settle(a[h][step]);
+    settle(a[0]), settle(a[1]);
+    if (pair % 2) next.load_half(raw, h);
     wgmma_begin();
 #pragma unroll
-    for (int step = 0; step < 4; step++) {
-      wgmma_bf16<true>(acc, a[h][step], tile.x + (h * (X_BYTES / 2) + step * 32) / 16);
+    for (int i = 0; i < 2; i++) {
+      wgmma_bf16<true>(acc, a[i], tile.x + (h * (X_BYTES / 2) + (pair % 2 * 2 + i) * 32) / 16);
     }
     wgmma_commit();
   }
@@ -512,6 +514,59 @@ DEVICE Lane lane_of(int thread) {
   return l;
 }
 
+#if SPLIT
+DEVICE int place_of(const Problem& p, const Share& s) {
+  return blockIdx.y * (gridDim.x >> p.log_splits) + s.block;
+}
+
+// The sums of a range go where the fold finds them: [range][n][thread] of four.
+DEVICE void end_range(const Problem& p, const Share& s, Accumulators& acc, u32 totals, int range) {
+  float4* to = p.parts + ((size_t)place_of(p, s) * RANGES + range) * ITEMS + threadIdx.x;
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    __stcg(to + n * THREADS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
+  }
+  clear(acc);
+}
+
+// Wait for the thread blocks of the same rows, then add up and store a slice of their sums.
+DEVICE void fold(const Problem& p, const Share& s) {
+  const int place = place_of(p, s);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    u32 seen, mine = RANGES >> p.log_splits;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(seen)
+                 : "l"(p.arrivals + place), "r"(mine)
+                 : "memory");
+    const u32 all = (seen / RANGES + 1) * RANGES;
+    seen += mine;
+    while ((int)(seen - all) < 0) {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                   : "=r"(seen)
+                   : "l"(p.arrivals + place)
+                   : "memory");
+    }
+  }
+  __syncthreads();
+  const float4* from = p.parts + (size_t)place * RANGES * ITEMS;
+  const int stop = ITEMS * (s.rank + 1) >> p.log_splits;
+  for (int item = (ITEMS * s.rank >> p.log_splits) + threadIdx.x; item < stop; item += THREADS) {
+    float4 part[RANGES];
+#pragma unroll
+    for (int r = 0; r < RANGES; r++) part[r] = __ldcg(from + (size_t)r * ITEMS + item);
+    float sum[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
+#pragma unroll
+    for (int r = 1; r < RANGES; r++) {
+      sum[0] += part[r].x, sum[1] += part[r].y, sum[2] += part[r].z, sum[3] += part[r].w;
+    }
+    const Lane l = lane_of(item % THREADS);
+    float bias[2];
+    bias_of_rows(bias, p, s.block, l);
+    store_sums(p, s.block, l, item / THREADS, sum, bias);
+  }
+}
+#else
 // The total of the ranges so far lies in shared memory, each thread's own.
 DEVICE u32 total_at(u32 totals, int n) { return totals + (n * THREADS + threadIdx.x) * 16; }
 
@@ -526,80 +581,15 @@ DEVICE void add_total(Accumulators& acc, u32 totals) {
   }
 }
 
-// A range of a block of rows is summed. This thread block has ranges [first, last) of those rows.
-DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 totals, int block,
-                      int range, int first, int last) {
-  if (first == 0 && range > 0) add_total(acc, totals);
-  if (first == 0 && range + 1 < last) {
+DEVICE void end_range(const Problem& p, const Share& s, Accumulators& acc, u32 totals, int range) {
+  if (range > 0) add_total(acc, totals);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      store_shared4(total_at(totals, n), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
-    }
-  } else if (first == 0 && last == RANGES) {
-    float bias[2];
-    bias_of_rows(bias, p, block, l);
-#pragma unroll
-    for (int n = 0; n < NT; n++) store_sums(p, block, l, n, acc[n], bias);
-  } else {  // a total takes the place of range 0
-    const size_t at = (size_t)place_of(p, block) * RANGES + (first == 0 ? 0 : range);
-    float4* to = p.parts + at * ITEMS + threadIdx.x;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-      __stcg(to + n * THREADS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
-    }
+  for (int n = 0; n < NT; n++) {
+    store_shared4(total_at(totals, n), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
   }
   clear(acc);
 }
-
-// This block's sums of `count` ranges of some rows are in the workspace. Thread 0 gets the count that
-// says that all ranges are.
-DEVICE u32 arrive(const Problem& p, int block, u32 count) {
-  __syncthreads();
-  u32 seen = 0;
-  if (threadIdx.x == 0) {
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(seen)
-                 : "l"(p.arrivals + place_of(p, block)), "r"(count)
-                 : "memory");
-  }
-  return (seen / RANGES + 1) * RANGES;
-}
-
-// Wait for all ranges of a block of rows, then add them up and store this thread block's slice.
-DEVICE void fold(const Problem& p, int block, u32 all) {
-  if (threadIdx.x == 0) {
-    u32 seen;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                   : "=r"(seen)
-                   : "l"(p.arrivals + place_of(p, block))
-                   : "memory");
-    } while ((int)(seen - all) < 0);
-  }
-  __syncthreads();
-  const int head = owner_of(p, block * RANGES), tail = owner_of(p, block * RANGES + RANGES - 1);
-  const int next_range = first_unit(p, head + 1) - block * RANGES;  // behind the head's total
-  const int sharers = tail - head + 1, rank = blockIdx.x - head;
-  const float4* from = p.parts + (size_t)place_of(p, block) * RANGES * ITEMS;
-  const int stop = ITEMS * (rank + 1) / sharers;
-  for (int item = ITEMS * rank / sharers + threadIdx.x; item < stop; item += THREADS) {
-    float4 part[RANGES];
-#pragma unroll
-    for (int r = 0; r < RANGES; r++) {
-      if (r == 0 || r >= next_range) part[r] = __ldcg(from + (size_t)r * ITEMS + item);
-    }
-    float sum[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
-#pragma unroll
-    for (int r = 1; r < RANGES; r++) {
-      if (r < next_range) continue;
-      sum[0] += part[r].x, sum[1] += part[r].y, sum[2] += part[r].z, sum[3] += part[r].w;
-    }
-    const Lane l = lane_of(item % THREADS);
-    float bias[2];
-    bias_of_rows(bias, p, block, l);
-    store_sums(p, block, l, item / THREADS, sum, bias);
-  }
-}
+#endif
 
 // ---- x -------------------------------------------------------------------------------------------
 
@@ -628,25 +618,28 @@ DEVICE void fetch_x(const Problem& p, const Ring& ring, const TensorMap* map, in
   __syncwarp();
 }
 
-// The tiles of x of a thread block, `count` of them from `column` on and around, fetched by its warps in
-// turn. At tile number `due` this warp waits until all have read the tile LAG before that, and lets
-// tile number `index` take its place.
+// The tiles of x are fetched by the warps in turn. A warp's next turn: at tile `due`, when all have read
+// the tile LAG before that, tile `column` takes its place.
 #define LAG 2
 
 struct Turn {
-  int index, column, slot, parity, due, count;
+  int column, due, slot, parity;
 
-  DEVICE void settle(const Problem& p) {
-    while (slot >= p.num_stages) slot -= p.num_stages, parity ^= 1;
-    while (column >= p.num_col_tiles) column -= p.num_col_tiles;
-    due = index < count ? index - p.num_stages + LAG : -1;
+  DEVICE Turn(const Problem& p, const Share& s, int warp) {
+    column = s.first_tile + warp, slot = warp, parity = 0;
+    settle(p, s);
   }
 
-  DEVICE void take(const Problem& p, const Ring& ring, const TensorMap* map, int lane) {
-    if (index >= p.num_stages) barrier_wait(ring.empty + slot * 8, parity ^ 1);
+  DEVICE void settle(const Problem& p, const Share& s) {
+    while (slot >= p.num_stages) slot -= p.num_stages, parity ^= 1;
+    due = column < s.last_tile ? column - p.num_stages + LAG : -1;
+  }
+
+  DEVICE void take(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map, int lane) {
+    if (column >= s.first_tile + p.num_stages) barrier_wait(ring.empty + slot * 8, parity ^ 1);
     fetch_x(p, ring, map, slot, column, lane);
-    index += WARPS, column += WARPS, slot += WARPS;
-    settle(p);
+    column += WARPS, slot += WARPS;
+    settle(p, s);
   }
 };
 
@@ -655,6 +648,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ u8 raw_bytes[];
   __shared__ u64 barriers[2 * MAX_STAGES];
   launch_dependents();
+  const Share s = my_share(p);
   const Lane l = lane_of(threadIdx.x);
   Ring ring;
   ring.x = (smem_address(raw_bytes) + 1023) / 1024 * 1024;
@@ -663,17 +657,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   ring.empty = ring.full + MAX_STAGES * 8;
   const u32 totals = ring.meta + p.num_stages * META_BYTES;
 
-  const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
-  const int num_tiles = tiles_before(p, end) - tiles_before(p, begin);
-  int block = begin / RANGES, range = begin % RANGES, column = range_start(p, range);
-
   // the first weights are on their way before anything else happens
-  Stream next(p, l, block, column, num_tiles);
-  Raw raw = {};
-  next.load_scales(raw, next.has_tile(p));
-  next.load_half(raw, next.has_tile(p), 0);
-  next.load_half(raw, next.has_tile(p), 1);
-  next.advance(p);
+  Stream next(p, s, l);
+  next.fetch_first(l);
+  Raw raw[DEPTH] = {};
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++) {
+    next.load_scales(raw[d]);
+    next.load_half(raw[d], 0);
+    next.load_half(raw[d], 1);
+    next.advance();
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.num_stages; i++) {
       barrier_init(ring.full + i * 8, 1);
@@ -684,38 +678,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   __syncthreads();
   wait_for_earlier_kernels();
-  Turn turn = {l.warp, column + l.warp, l.warp, 0, 0, num_tiles};
-  turn.settle(p);
-  while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, l.lane);
+  Turn turn(p, s, l.warp);
+  while (turn.column < min(s.first_tile + p.num_stages, s.last_tile)) turn.take(p, s, ring, &map, l.lane);
 
   Accumulators acc;
   clear(acc);
   Slot slot = {0, 0};
-  u32 all_of_first = 0, all_of_last = 0;  // arrivals to wait for, of rows that others share
-  const int first_block = block;
-  int tile = 0, first = range;
-  for (int unit = begin; unit < end; unit++) {
-    const int stop = tile + range_start(p, range + 1) - range_start(p, range);
-    for (; tile < stop; tile++) {
-      const TileOfX of_x = {x_descriptor(ring.x + slot.index * X_BYTES), ring.meta + slot.index * META_BYTES};
-      if (tile == turn.due) turn.take(p, ring, &map, l.lane);
-      barrier_wait_whole(ring.full + slot.index * 8, slot.parity);
-      multiply_tile(acc, raw, l, of_x, next, next.has_tile(p));
-      next.advance(p);
-      if (l.lane == 0) barrier_arrive(ring.empty + slot.index * 8);
-      slot.advance(p.num_stages);
+  int range = s.first_range, stop = range_start(p, range + 1);
+  int tile = s.first_tile;
+  while (tile < s.last_tile) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      if (tile < s.last_tile) {
+        while (tile == stop) {
+          end_range(p, s, acc, totals, range);
+          stop = range_start(p, ++range + 1);
+        }
+        const TileOfX of_x = {x_descriptor(ring.x + slot.index * X_BYTES),
+                              ring.meta + slot.index * META_BYTES};
+        if (tile == turn.due) turn.take(p, s, ring, &map, l.lane);
+        barrier_wait_whole(ring.full + slot.index * 8, slot.parity);
+        multiply_tile(acc, raw[d], l, of_x, next);
+        next.advance();
+        if (l.lane == 0) barrier_arrive(ring.empty + slot.index * 8);
+        slot.advance(p.num_stages);
+        tile++;
+      }
     }
-    const int last = min(RANGES, end - block * RANGES);
-    end_range(p, l, acc, totals, block, range, first, last);
-    if (++range < last) continue;
-    if (first > 0 || last < RANGES) {
-      const u32 all = arrive(p, block, last - first);
-      if (block == first_block) all_of_first = all;
-      else all_of_last = all;
-    }
-    block++, range = first = 0;
   }
-  const int last_block = block - 1;
-  if (__syncthreads_or(all_of_first)) fold(p, first_block, all_of_first);
-  if (__syncthreads_or(all_of_last)) fold(p, last_block, all_of_last);
+#if SPLIT
+  for (; range < s.last_range; range++) end_range(p, s, acc, totals, range);
+  fold(p, s);
+#else
+  for (; range < RANGES - 1; range++) end_range(p, s, acc, totals, range);
+  add_total(acc, totals);
+  float bias[2];
+  bias_of_rows(bias, p, s.block, l);
+#pragma unroll
+  for (int n = 0; n < NT; n++) store_sums(p, s.block, l, n, acc[n], bias);
+#endif
 }
