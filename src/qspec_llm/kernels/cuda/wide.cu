@@ -1,21 +1,20 @@
 // out [tokens, rows] = x [tokens, columns] times packed weights, transposed, for 17 tokens and more.
 //
 // A block of rows is WGS * 64 of them; all tokens of a block (up to NT * 8) meet a weight as soon as it
-// is decoded. Each warp streams the weights of its 16 rows straight into registers, DEPTH tiles ahead, and
+// is decoded. Each warp streams the weights of its 16 rows straight into registers, a tile ahead, and
 // hands them to warpgroup products as operand A. The warps take turns in keeping a ring of tiles of x in
 // shared memory. Weights do not depend on earlier kernels, so the first are under way before those end.
 //
 // The order of a sum depends on the matrix alone, and direct.cu has the same: the columns are cut into
 // RANGES, range r from tile num_col_tiles * r / RANGES on; a range is summed from 0, group by group, and
-// the ranges' sums are added in order. Where a thread block owns all ranges of its rows it keeps the
-// total in shared memory; otherwise the thread blocks of the same rows leave the ranges' sums in a
-// workspace, wait for each other and fold a slice each.
+// the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows:
+// a thread block takes the next so many, in order. Of the rows that it has from range 0 on it keeps the
+// total in shared memory; the sums of other ranges, and totals that lack later ranges, go to a
+// workspace. Those who share rows wait for each other at their end and fold a slice each.
 //
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
-//   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups
-//   DEPTH tiles of weights under way         RANGES of columns
-//   SPLIT whether thread blocks share rows
+//   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups      RANGES ranges of columns
 
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -33,7 +32,6 @@
 #define WARPS (WGS * 4)
 #define THREADS (WARPS * 32)
 #define MAX_STAGES 32
-#define FIRST_TILES 6  // that are on their way to the L2 from the start
 #define ITEMS (THREADS * NT)  // groups of four sums in a block's range
 
 struct Problem {
@@ -43,30 +41,30 @@ struct Problem {
   const u8* bias;
   u8* out;
   float4* parts;  // [token block, row block][RANGES][ITEMS]
-  u32* arrivals;  // [token block, row block]: RANGES more after every kernel
+  u32* arrivals;  // [token block, row block]: ranges whose sums are there, RANGES more every time
   int num_tokens, num_rows, num_row_tiles, num_col_tiles;
-  int pitch, log_splits, num_stages;
+  int pitch, num_units, num_stages;
   int bias_kind;  // 0 none, 1 bf16, 2 float32
   int out_is_float;
 };
 
-// What this thread block computes: ranges [first_range, last_range), which are the tiles of columns
-// [first_tile, last_tile), of the block of rows `block`; the tokens of blockIdx.y.
-struct Share {
-  int block, rank, first_range, last_range, first_tile, last_tile;
-};
-
 DEVICE int range_start(const Problem& p, int range) { return p.num_col_tiles * range / RANGES; }
 
-DEVICE Share my_share(const Problem& p) {
-  Share s;
-  s.block = blockIdx.x >> p.log_splits;
-  s.rank = blockIdx.x & ((1 << p.log_splits) - 1);
-  s.first_range = RANGES * s.rank >> p.log_splits;
-  s.last_range = RANGES * (s.rank + 1) >> p.log_splits;
-  s.first_tile = range_start(p, s.first_range);
-  s.last_tile = range_start(p, s.last_range);
-  return s;
+// The first unit of thread block i, and the thread block of a unit.
+DEVICE int first_unit(const Problem& p, int i) { return (int)((long long)p.num_units * i / gridDim.x); }
+
+DEVICE int owner_of(const Problem& p, int unit) {
+  return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.num_units);
+}
+
+// Tiles before a unit, counted through all blocks of rows.
+DEVICE int tiles_before(const Problem& p, int unit) {
+  return unit / RANGES * p.num_col_tiles + range_start(p, unit % RANGES);
+}
+
+// Where the sums of a block of rows lie in the workspace.
+DEVICE int place_of(const Problem& p, int block) {
+  return blockIdx.y * (p.num_units / RANGES) + block;
 }
 
 struct Lane {
@@ -112,18 +110,14 @@ DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
 }
 #endif
 
-// A warp's tiles, one after the other: where this lane reads the next, and how many are left.
+// A warp's tiles in order, from block of rows to block of rows: where this lane reads the next one.
 struct Stream {
   const u8* base;
   const u8* scales;
   const u8* rest;
-  int left;
 
-  // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
-  DEVICE Stream(const Problem& p, const Share& s, const Lane& l) {
-    const int row_tile = s.block * WARPS + l.warp;
-    const size_t tile = (size_t)row_tile * p.num_col_tiles + s.first_tile;
-    left = row_tile < p.num_row_tiles ? s.last_tile - s.first_tile : 0;
+  DEVICE Stream(const Problem& p, const Lane& l, int row_tile, int column) {
+    const size_t tile = (size_t)row_tile * p.num_col_tiles + column;
     base = p.base + tile * BASE_BYTES + l.lane * 16;
     rest = p.rest + tile * REST_BYTES + l.lane * 16;
     scales = p.base + tile * BASE_BYTES;
@@ -132,18 +126,8 @@ struct Stream {
 #endif
   }
 
-  // What comes after the tiles that registers hold, into the L2.
-  DEVICE void fetch_first(const Lane& l) const {
-    const int count = min(left - DEPTH, FIRST_TILES);
-    if (l.lane != 0 || count <= 0) return;
-    prefetch_l2(base + DEPTH * BASE_BYTES, count * BASE_BYTES);
-#if REST_BYTES
-    prefetch_l2(rest + DEPTH * REST_BYTES, count * REST_BYTES);
-#endif
-  }
-
-  DEVICE void load_half(Raw& raw, int h) const {
-    if (left <= 0) return;
+  DEVICE void load_half(Raw& raw, bool is_there, int h) const {
+    if (!is_there) return;
 #if BITS == 0
 #pragma unroll
     for (int i = 0; i < 4; i++) raw.pieces[h][i] = load_once(base + dense_at(h, i));
@@ -159,9 +143,9 @@ struct Stream {
 #endif
   }
 
-  DEVICE void load_scales(Raw& raw) const {
+  DEVICE void load_scales(Raw& raw, bool is_there) const {
 #if BITS
-    if (left <= 0) return;
+    if (!is_there) return;
 #if GROUP == 32
     raw.scales = load_once_u32(scales);
 #else
@@ -177,7 +161,9 @@ struct Stream {
 #endif
   }
 
-  DEVICE void advance() { base += BASE_BYTES, scales += BASE_BYTES, rest += REST_BYTES, left--; }
+  DEVICE void skip(size_t tiles) {
+    base += tiles * BASE_BYTES, scales += tiles * BASE_BYTES, rest += tiles * REST_BYTES;
+  }
 };
 
 // ---- multiplication ------------------------------------------------------------------------------
@@ -279,7 +265,7 @@ DEVICE void add_product(Accumulators& acc, IntegerProduct& of, const Lane& l, u3
 
 // Each product is under way while the one before it is scaled and added.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next) {
+                          const Stream& next, bool is_there) {
   float scale[GROUPS_PER_TILE][2], shift[GROUPS_PER_TILE][2];
 #pragma unroll
   for (int group = 0; group < GROUPS_PER_TILE; group++) {
@@ -289,7 +275,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       shift[group][upper] = HAS_SHIFT ? row_shift(l, raw, group, upper) : 0.f;
     }
   }
-  next.load_scales(raw);
+  next.load_scales(raw, is_there);
   u32 a[2][2][4];
 #if BITS == 8
   u32 fine[2][2][4];
@@ -307,7 +293,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       bytes_of(fine[h][0], e.x, e.y, 4);
       bytes_of(fine[h][1], e.z, e.w, 4);
 #endif
-      next.load_half(raw, h);
+      next.load_half(raw, is_there, h);
     }
     if (j >= 2) {
       const int k = j - 2, column = k / (PRODUCTS / 2) * 64 + k / SUBTILES % SUBGROUPS * SUBGROUP;
@@ -346,7 +332,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #elif BITS == 4 || BITS == 8
 // Products of bf16 x with levels, a group of columns at a time, then its scale.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next) {
+                          const Stream& next, bool is_there) {
   const float unit = BITS == 8 ? 1.f / 16.f : 1.f;
   float scale[GROUPS_PER_TILE][2];
 #if HAS_SHIFT
@@ -362,7 +348,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #endif
     }
   }
-  next.load_scales(raw);
+  next.load_scales(raw, is_there);
   float d[NT][4];
 #if HAS_SHIFT
   float ones[NT][4];
@@ -387,7 +373,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       levels_of(a[i], codes[pair % 2 * 2 + i], low[pair % 2 * 2 + i]);
       settle(a[i]);
     }
-    if (pair % 2) next.load_half(raw, h);
+    if (pair % 2) next.load_half(raw, is_there, h);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -421,7 +407,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #else
 // The bf16 weights themselves, put together from their planes or dense ones, 32 columns at a time.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next) {
+                          const Stream& next, bool is_there) {
 #if BITS == 16
   u32 scale[GROUPS_PER_TILE][2], half[GROUPS_PER_TILE][2];
 #pragma unroll
@@ -431,7 +417,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       anchor_factors(scale[group][upper], half[group][upper], spread(l, raw.scales, group, upper));
     }
   }
-  next.load_scales(raw);
+  next.load_scales(raw, is_there);
 #endif
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {
@@ -455,7 +441,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     }
 #endif
     settle(a[0]), settle(a[1]);
-    if (pair % 2) next.load_half(raw, h);
+    if (pair % 2) next.load_half(raw, is_there, h);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -514,59 +500,6 @@ DEVICE Lane lane_of(int thread) {
   return l;
 }
 
-#if SPLIT
-DEVICE int place_of(const Problem& p, const Share& s) {
-  return blockIdx.y * (gridDim.x >> p.log_splits) + s.block;
-}
-
-// The sums of a range go where the fold finds them: [range][n][thread] of four.
-DEVICE void end_range(const Problem& p, const Share& s, Accumulators& acc, u32 totals, int range) {
-  float4* to = p.parts + ((size_t)place_of(p, s) * RANGES + range) * ITEMS + threadIdx.x;
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
-    __stcg(to + n * THREADS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
-  }
-  clear(acc);
-}
-
-// Wait for the thread blocks of the same rows, then add up and store a slice of their sums.
-DEVICE void fold(const Problem& p, const Share& s) {
-  const int place = place_of(p, s);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    u32 seen, mine = RANGES >> p.log_splits;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(seen)
-                 : "l"(p.arrivals + place), "r"(mine)
-                 : "memory");
-    const u32 all = (seen / RANGES + 1) * RANGES;
-    seen += mine;
-    while ((int)(seen - all) < 0) {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                   : "=r"(seen)
-                   : "l"(p.arrivals + place)
-                   : "memory");
-    }
-  }
-  __syncthreads();
-  const float4* from = p.parts + (size_t)place * RANGES * ITEMS;
-  const int stop = ITEMS * (s.rank + 1) >> p.log_splits;
-  for (int item = (ITEMS * s.rank >> p.log_splits) + threadIdx.x; item < stop; item += THREADS) {
-    float4 part[RANGES];
-#pragma unroll
-    for (int r = 0; r < RANGES; r++) part[r] = __ldcg(from + (size_t)r * ITEMS + item);
-    float sum[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
-#pragma unroll
-    for (int r = 1; r < RANGES; r++) {
-      sum[0] += part[r].x, sum[1] += part[r].y, sum[2] += part[r].z, sum[3] += part[r].w;
-    }
-    const Lane l = lane_of(item % THREADS);
-    float bias[2];
-    bias_of_rows(bias, p, s.block, l);
-    store_sums(p, s.block, l, item / THREADS, sum, bias);
-  }
-}
-#else
 // The total of the ranges so far lies in shared memory, each thread's own.
 DEVICE u32 total_at(u32 totals, int n) { return totals + (n * THREADS + threadIdx.x) * 16; }
 
@@ -581,15 +514,80 @@ DEVICE void add_total(Accumulators& acc, u32 totals) {
   }
 }
 
-DEVICE void end_range(const Problem& p, const Share& s, Accumulators& acc, u32 totals, int range) {
-  if (range > 0) add_total(acc, totals);
+// A range of a block of rows is summed. This thread block has ranges [first, last) of those rows.
+DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 totals, int block,
+                      int range, int first, int last) {
+  if (first == 0 && range > 0) add_total(acc, totals);
+  if (first == 0 && range + 1 < last) {
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
-    store_shared4(total_at(totals, n), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
+    for (int n = 0; n < NT; n++) {
+      store_shared4(total_at(totals, n), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
+    }
+  } else if (first == 0 && last == RANGES) {
+    float bias[2];
+    bias_of_rows(bias, p, block, l);
+#pragma unroll
+    for (int n = 0; n < NT; n++) store_sums(p, block, l, n, acc[n], bias);
+  } else {  // a total takes the place of range 0
+    const size_t at = (size_t)place_of(p, block) * RANGES + (first == 0 ? 0 : range);
+    float4* to = p.parts + at * ITEMS + threadIdx.x;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      __stcg(to + n * THREADS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
+    }
   }
   clear(acc);
 }
-#endif
+
+// This block's sums of `count` ranges of some rows are in the workspace. Thread 0 gets the count that
+// says that all ranges are.
+DEVICE u32 arrive(const Problem& p, int block, u32 count) {
+  __syncthreads();
+  u32 seen = 0;
+  if (threadIdx.x == 0) {
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(seen)
+                 : "l"(p.arrivals + place_of(p, block)), "r"(count)
+                 : "memory");
+  }
+  return (seen / RANGES + 1) * RANGES;
+}
+
+// Wait for all ranges of a block of rows, then add them up and store this thread block's slice.
+DEVICE void fold(const Problem& p, int block, u32 all) {
+  if (threadIdx.x == 0) {
+    u32 seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                   : "=r"(seen)
+                   : "l"(p.arrivals + place_of(p, block))
+                   : "memory");
+    } while ((int)(seen - all) < 0);
+  }
+  __syncthreads();
+  const int head = owner_of(p, block * RANGES), tail = owner_of(p, block * RANGES + RANGES - 1);
+  const int next_range = first_unit(p, head + 1) - block * RANGES;  // behind the head's total
+  const int sharers = tail - head + 1, rank = blockIdx.x - head;
+  const float4* from = p.parts + (size_t)place_of(p, block) * RANGES * ITEMS;
+  const int stop = ITEMS * (rank + 1) / sharers;
+  for (int item = ITEMS * rank / sharers + threadIdx.x; item < stop; item += THREADS) {
+    float4 part[RANGES];
+#pragma unroll
+    for (int r = 0; r < RANGES; r++) {
+      if (r == 0 || r >= next_range) part[r] = __ldcg(from + (size_t)r * ITEMS + item);
+    }
+    float sum[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
+#pragma unroll
+    for (int r = 1; r < RANGES; r++) {
+      if (r < next_range) continue;
+      sum[0] += part[r].x, sum[1] += part[r].y, sum[2] += part[r].z, sum[3] += part[r].w;
+    }
+    const Lane l = lane_of(item % THREADS);
+    float bias[2];
+    bias_of_rows(bias, p, block, l);
+    store_sums(p, block, l, item / THREADS, sum, bias);
+  }
+}
 
 // ---- x -------------------------------------------------------------------------------------------
 
@@ -618,28 +616,34 @@ DEVICE void fetch_x(const Problem& p, const Ring& ring, const TensorMap* map, in
   __syncwarp();
 }
 
-// The tiles of x are fetched by the warps in turn. A warp's next turn: at tile `due`, when all have read
-// the tile LAG before that, tile `column` takes its place.
+// What a thread block seldom looks at lies in shared memory; registers are short.
+struct Seldom {
+  int begin, end, num_tiles;     // units, and their tiles
+  u32 all_of_first, all_of_last;  // arrivals to wait for, of rows that others share
+};
+
+// The tiles of x of a thread block are fetched by its warps in turn. A warp's next turn: when all have
+// read the tile LAG before tile `due`, tile number `index` of all takes its place.
 #define LAG 2
 
 struct Turn {
-  int column, due, slot, parity;
+  int index, column, slot, parity;
 
-  DEVICE Turn(const Problem& p, const Share& s, int warp) {
-    column = s.first_tile + warp, slot = warp, parity = 0;
-    settle(p, s);
+  // At which tile; never if there are no more tiles.
+  DEVICE int due(const Problem& p, int num_tiles) const {
+    return index < num_tiles ? index - p.num_stages + LAG : -1;
   }
 
-  DEVICE void settle(const Problem& p, const Share& s) {
-    while (slot >= p.num_stages) slot -= p.num_stages, parity ^= 1;
-    due = column < s.last_tile ? column - p.num_stages + LAG : -1;
-  }
-
-  DEVICE void take(const Problem& p, const Share& s, const Ring& ring, const TensorMap* map, int lane) {
-    if (column >= s.first_tile + p.num_stages) barrier_wait(ring.empty + slot * 8, parity ^ 1);
+  DEVICE void take(const Problem& p, const Ring& ring, const TensorMap* map, int lane) {
+    if (index >= p.num_stages) barrier_wait(ring.empty + slot * 8, parity ^ 1);
     fetch_x(p, ring, map, slot, column, lane);
-    column += WARPS, slot += WARPS;
-    settle(p, s);
+    index += WARPS, column += WARPS, slot += WARPS;
+    wrap(p);
+  }
+
+  DEVICE void wrap(const Problem& p) {
+    while (slot >= p.num_stages) slot -= p.num_stages, parity ^= 1;
+    while (column >= p.num_col_tiles) column -= p.num_col_tiles;
   }
 };
 
@@ -647,74 +651,89 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wide(const __grid_constant__ TensorMap map, const __grid_constant__ Problem p) {
   extern __shared__ u8 raw_bytes[];
   __shared__ u64 barriers[2 * MAX_STAGES];
+  __shared__ Seldom seldom_there;
+  __shared__ Turn turns_there[WARPS];
+  volatile Seldom& seldom = seldom_there;
   launch_dependents();
-  const Share s = my_share(p);
   const Lane l = lane_of(threadIdx.x);
   Ring ring;
   ring.x = (smem_address(raw_bytes) + 1023) / 1024 * 1024;
   ring.meta = ring.x + p.num_stages * X_BYTES;
   asm volatile("mov.u32 %0, %1;" : "=r"(ring.full) : "r"(smem_address(barriers)));  // computed once
   ring.empty = ring.full + MAX_STAGES * 8;
-  const u32 totals = ring.meta + p.num_stages * META_BYTES;
 
-  // the first weights are on their way before anything else happens
-  Stream next(p, s, l);
-  next.fetch_first(l);
-  Raw raw[DEPTH] = {};
-#pragma unroll
-  for (int d = 0; d < DEPTH; d++) {
-    next.load_scales(raw[d]);
-    next.load_half(raw[d], 0);
-    next.load_half(raw[d], 1);
-    next.advance();
-  }
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < p.num_stages; i++) {
-      barrier_init(ring.full + i * 8, 1);
-      barrier_init(ring.empty + i * 8, WARPS);
+  int unit = first_unit(p, blockIdx.x), due, jump, limit;
+  const int first_column = range_start(p, unit % RANGES);
+  Stream next(p, l, unit / RANGES * WARPS + l.warp, first_column);
+  Raw raw = {};
+  {
+    const int end = first_unit(p, blockIdx.x + 1);
+    const int num_tiles = tiles_before(p, end) - tiles_before(p, unit);
+    // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
+    limit = unit / RANGES * WARPS + l.warp < p.num_row_tiles ? num_tiles : 0;
+    jump = p.num_col_tiles - first_column;  // the tile from which on `next` is in the next block of rows
+    // the first weights are on their way before anything else happens
+    next.load_scales(raw, 0 < limit);
+    next.load_half(raw, 0 < limit, 0);
+    next.load_half(raw, 0 < limit, 1);
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < p.num_stages; i++) {
+        barrier_init(ring.full + i * 8, 1);
+        barrier_init(ring.empty + i * 8, WARPS);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      seldom.begin = unit, seldom.end = end, seldom.num_tiles = num_tiles;
+      seldom.all_of_first = seldom.all_of_last = 0;
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    wait_for_earlier_kernels();
+    Turn turn = {l.warp, first_column + l.warp, l.warp, 0};
+    turn.wrap(p);
+    while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, l.lane);
+    due = turn.due(p, num_tiles);
+    if (l.lane == 0) turns_there[l.warp] = turn;
+    __syncwarp();
   }
-  __syncthreads();
-  wait_for_earlier_kernels();
-  Turn turn(p, s, l.warp);
-  while (turn.column < min(s.first_tile + p.num_stages, s.last_tile)) turn.take(p, s, ring, &map, l.lane);
 
   Accumulators acc;
   clear(acc);
   Slot slot = {0, 0};
-  int range = s.first_range, stop = range_start(p, range + 1);
-  int tile = s.first_tile;
-  while (tile < s.last_tile) {
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-      if (tile < s.last_tile) {
-        while (tile == stop) {
-          end_range(p, s, acc, totals, range);
-          stop = range_start(p, ++range + 1);
-        }
-        const TileOfX of_x = {x_descriptor(ring.x + slot.index * X_BYTES),
-                              ring.meta + slot.index * META_BYTES};
-        if (tile == turn.due) turn.take(p, s, ring, &map, l.lane);
-        barrier_wait_whole(ring.full + slot.index * 8, slot.parity);
-        multiply_tile(acc, raw[d], l, of_x, next);
-        next.advance();
-        if (l.lane == 0) barrier_arrive(ring.empty + slot.index * 8);
-        slot.advance(p.num_stages);
-        tile++;
+  int tile = 0;
+  do {
+    int stop = tile + range_start(p, unit % RANGES + 1) - range_start(p, unit % RANGES);
+    for (; tile < stop; tile++) {
+      if (tile == due) {
+        Turn turn = turns_there[l.warp];
+        __syncwarp();
+        turn.take(p, ring, &map, l.lane);
+        due = turn.due(p, seldom.num_tiles);
+        if (l.lane == 0) turns_there[l.warp] = turn;
+        __syncwarp();
       }
+      next.skip(1);
+      if (tile + 1 == jump) {
+        const int row_tile = (unit / RANGES + 1) * WARPS + l.warp;
+        next.skip((size_t)(WARPS - 1) * p.num_col_tiles);
+        limit = row_tile < p.num_row_tiles ? limit : 0;
+        jump += p.num_col_tiles;
+      }
+      const TileOfX of_x = {x_descriptor(ring.x + slot.index * X_BYTES), ring.meta + slot.index * META_BYTES};
+      barrier_wait_whole(ring.full + slot.index * 8, slot.parity);
+      multiply_tile(acc, raw, l, of_x, next, tile + 1 < limit);
+      if (l.lane == 0) barrier_arrive(ring.empty + slot.index * 8);
+      slot.advance(p.num_stages);
     }
-  }
-#if SPLIT
-  for (; range < s.last_range; range++) end_range(p, s, acc, totals, range);
-  fold(p, s);
-#else
-  for (; range < RANGES - 1; range++) end_range(p, s, acc, totals, range);
-  add_total(acc, totals);
-  float bias[2];
-  bias_of_rows(bias, p, s.block, l);
-#pragma unroll
-  for (int n = 0; n < NT; n++) store_sums(p, s.block, l, n, acc[n], bias);
-#endif
+    const int block = unit / RANGES, range = unit % RANGES, begin = seldom.begin, end = seldom.end;
+    const int first = max(begin - block * RANGES, 0), last = min(end - block * RANGES, RANGES);
+    end_range(p, l, acc, ring.meta + p.num_stages * META_BYTES, block, range, first, last);
+    unit++;
+    if (range + 1 == last && (first > 0 || last < RANGES)) {
+      const u32 all = arrive(p, block, last - first);
+      if (threadIdx.x == 0) (block == begin / RANGES ? seldom.all_of_first : seldom.all_of_last) = all;
+    }
+  } while (unit < seldom.end);
+  __syncthreads();
+  if (seldom.all_of_first) fold(p, seldom.begin / RANGES, seldom.all_of_first);
+  if (seldom.all_of_last) fold(p, (seldom.end - 1) / RANGES, seldom.all_of_last);
 }

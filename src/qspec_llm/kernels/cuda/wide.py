@@ -16,7 +16,7 @@ from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, 
 from qspec_llm.kernels.cuda.form import Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS
 
-__all__ = ["LEAST_TOKENS", "MAX_TOKENS", "Tuning", "can_run", "multiply", "splits_of", "tuning"]
+__all__ = ["LEAST_TOKENS", "MAX_TOKENS", "Tuning", "can_run", "multiply", "tuning", "units_of"]
 
 LEAST_TOKENS = 17  # below, direct.cu reads the same bytes with less ado
 MAX_TOKENS = 128  # of a block; more are cut into blocks of so many
@@ -32,15 +32,13 @@ class Tuning:
     """What may differ between instances without changing any sum.
 
     Attributes:
-        groups: warpgroups that multiply, 64 rows each.
-        depth: tiles of weights under way in a warp's registers.
-        splits: blocks that share the columns of the same rows; None lets `splits_of` choose.
+        groups: warpgroups, 64 rows each: 2, 3 or 4.
+        units: of a thread block; None lets `units_of` choose.
         stages: most tiles of x in shared memory.
     """
 
     groups: int
-    depth: int
-    splits: int | None = None
+    units: int | None = None
     stages: int = MAX_STAGES
 
 
@@ -48,34 +46,40 @@ def tuning(form: Form, token_tiles: int) -> Tuning:
     """The measured best (docs/gpu-notes.md)."""
     is_shifted = form.act == 16 and form.bits in (4, 8) and (form.has_offset or form.has_middle)
     if token_tiles > 8 or is_shifted:  # sums of x take as many registers as the products
-        return Tuning(groups=2, depth=1)
-    return Tuning(groups=4, depth=1)
+        return Tuning(groups=2)
+    return Tuning(groups=4)
 
 
-def can_run(device: int) -> bool:
-    """Whether a device has warpgroup products."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
+def can_run(form: Form, num_tokens: int, device: int) -> bool:
+    """Whether to use `multiply`: rows enough, warpgroup products, a form that it was run with.
+
+    The other forms compile and have tests (tests/kernels/test_cuda_wide.py) that have not been run.
+    """
+    has_run = form.group >= 64 and form.act_group == 64 and form.bits in (4, 16)
+    has_run = has_run and not (form.has_offset or form.has_middle or form.is_half)
+    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return num_tokens >= LEAST_TOKENS and is_hopper and has_run
 
 
 @functools.cache
-def splits_of(num_blocks: int, num_col_tiles: int, multiprocessors: int, most: int) -> int:
-    """How many blocks share the columns: 1, 2, 4 or 8, whichever ends first.
+def units_of(num_units: int, num_col_tiles: int, slots: int) -> int:
+    """How many units a thread block takes: with which the busiest multiprocessor is done first.
 
-    A block runs alone on its multiprocessor. Besides its tiles it costs about two tiles' time to
-    start, and three more where sums are exchanged.
+    A thread block costs about the time of two tiles of columns besides its own, and of six more
+    where it shares rows: sums go through the L2 and everyone waits for everyone (measured on
+    gate_up, where even shares for 128 multiprocessors lost to whole blocks of rows on 112).
 
     Args:
-        num_blocks: blocks of rows, times blocks of tokens.
+        num_units: ranges of blocks of rows, of one block of tokens.
         num_col_tiles: tiles of 128 columns.
-        multiprocessors: of the device.
-        most: the workspace's limit.
+        slots: thread blocks that run at once.
     """
 
-    def cost(splits: int) -> int:
-        turns = math.ceil(num_blocks * splits / multiprocessors)
-        return turns * (math.ceil(num_col_tiles / splits) + 2) + 3 * (splits > 1)
+    def cost(units: int) -> float:
+        turns = math.ceil(math.ceil(num_units / units) / slots)
+        return turns * (num_col_tiles * units / RANGES + 2) + 6 * (units < RANGES)
 
-    return min((splits for splits in (1, 2, 4, 8) if splits <= most), key=cost)
+    return min(range(1, RANGES + 1), key=cost)
 
 
 class _Problem(ctypes.Structure):
@@ -86,7 +90,7 @@ class _Problem(ctypes.Structure):
             "meta", "base", "rest", "bias", "out", "parts", "arrivals",
         )),
         *((name, ctypes.c_int) for name in (
-            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "log_splits",
+            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "num_units",
             "num_stages", "bias_kind", "out_is_float",
         )),
     )  # fmt: skip
@@ -99,7 +103,7 @@ class _Instance:
     kernel: Kernel
     grid: tuple[int, int]
     threads: int
-    splits: int
+    num_units: int
     num_stages: int
     smem: int
     box: tuple[int, int]
@@ -114,18 +118,18 @@ def _instance(
     tuned = chosen or tuning(form, token_tiles)
     threads = tuned.groups * 128
     row_blocks = math.ceil(row_tiles / (4 * tuned.groups))
-    num_blocks = row_blocks * math.ceil(num_tokens / tokens)
-    sums = threads * token_tiles * 16  # bytes of a block's range
-    fits = num_blocks <= WORKSPACE_COUNTERS and num_blocks * RANGES * sums <= WORKSPACE_BYTES
-    splits = tuned.splits or splits_of(
-        num_blocks, col_tiles, num_multiprocessors(device), RANGES if fits else 1
-    )
+    token_blocks = math.ceil(num_tokens / tokens)
+    sums = threads * token_tiles * 16  # bytes of a range of a block of rows
+    places = row_blocks * token_blocks
+    fits = places <= WORKSPACE_COUNTERS and places * RANGES * sums <= WORKSPACE_BYTES
+    slots = max(1, num_multiprocessors(device) // token_blocks)
+    num_units = row_blocks * RANGES
+    units = tuned.units or units_of(num_units, col_tiles, slots) if fits else RANGES
+    num_blocks = math.ceil(num_units / units)
     stage = tokens * TILE_COLS * form.act // 8
     if form.act == 8:
         stage += TILE_COLS // form.act_group * tokens * 8
-    totals = sums if splits == 1 else 0
-    num_tiles = math.ceil(col_tiles / splits)
-    num_stages = min((SMEM - totals) // stage, tuned.stages, max(num_tiles, 3))
+    num_stages = min((SMEM - sums) // stage, tuned.stages)
     return _Instance(
         kernel=kernel(
             "wide.cu",
@@ -133,15 +137,13 @@ def _instance(
             **form.defines(),
             NT=token_tiles,
             WGS=tuned.groups,
-            DEPTH=tuned.depth,
             RANGES=RANGES,
-            SPLIT=int(splits > 1),
         ),
-        grid=(row_blocks * splits, math.ceil(num_tokens / tokens)),
+        grid=(num_blocks, token_blocks),
         threads=threads,
-        splits=splits,
+        num_units=num_units,
         num_stages=num_stages,
-        smem=1024 + num_stages * stage + totals,
+        smem=1024 + num_stages * stage + sums,
         box=(tokens, 128 if form.act == 8 else 64),
     )
 
@@ -175,7 +177,7 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         num_row_tiles=row_tiles,
         num_col_tiles=col_tiles,
         pitch=0 if meta is None else meta.shape[1],
-        log_splits=one.splits.bit_length() - 1,
+        num_units=one.num_units,
         num_stages=one.num_stages,
         bias_kind=product.bias_kind,
         out_is_float=int(product.out.dtype is torch.float32),
