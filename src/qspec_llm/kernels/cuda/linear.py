@@ -1,8 +1,9 @@
 """Linears of the cuda backend: x times packed weights.
 
 Two classes of kernels, each row independent in itself (kernels/__init__.py): generated rows go
-through direct.cu, prompt rows multiply with decoded weights (prompt.py). Activations are bf16 or a
-draft's integers; sums are float32.
+through direct.cu or, from 17 on and where there are warpgroup products, wide.cu, which sums in the
+same order; prompt rows multiply with decoded weights (prompt.py). Activations are bf16 or a draft's
+integers; sums are float32.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Rows
-from qspec_llm.kernels.cuda import direct
+from qspec_llm.kernels.cuda import direct, wide
 from qspec_llm.kernels.cuda.activations import (
     Quantized,
     check_rows,
@@ -69,7 +70,7 @@ def linear(
         ahead: the weights that the next linear of the step reads: their first bytes are fetched
             into the L2 while this one ends.
         pdl: programmatic dependent launch (compile.Kernel.launch).
-        chosen: an instance other than the measured best, for benchmarks.
+        chosen: an instance of direct.cu other than the measured best, for benchmarks.
 
     Raises:
         QSpecError: x, bias or out have a type, shape or place that no kernel reads.
@@ -129,7 +130,10 @@ def _generated(
         ahead=() if ahead is None else ahead_of(*ahead),
         pdl=pdl,
     )
-    direct.multiply(product, chosen)
+    if wide.can_run(product.form, values.shape[0], weight.base.device.index):
+        wide.multiply(product)  # `chosen` is an instance of direct.cu
+    else:
+        direct.multiply(product, chosen)
 
 
 def _room(

@@ -1,0 +1,132 @@
+"""wide.cu: 17 generated rows and more, against float64 and, bit for bit, direct.cu."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers_cpu import VIEWS, assert_same_bits, random_stored, some_rows
+from test_cuda import assert_close, expected, fresh, on_gpu
+from torch import Tensor
+
+from helpers_weights import FORMS
+from qspec_llm.kernels.cuda import compile as nvrtc
+from qspec_llm.kernels.cuda import direct, layout, wide
+from qspec_llm.kernels.cuda.activations import quantize
+from qspec_llm.kernels.cuda.form import Form, Product, form_of_weight
+from qspec_llm.kernels.cuda.linear import linear, wants_integers
+from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
+
+gpu = pytest.mark.gpu
+TOLERANCE = 2e-5  # of float32 sums: tensor cores keep a few bits less than float32
+# rows not of whole blocks, columns not of whole tiles, fewer tiles than ranges, one of everything
+SHAPES = [(97, 96, 32), (544, 2432, 32), (1056, 576, 64), (1024, 4096, 128)]
+CUTS: list[dict[str, Any]] = [{}, {"units": 3}, {"units": 8}, {"groups": 2}, {"stages": 3}]
+
+
+def product(x: Tensor, packed: Any, view: View, out: Tensor, bias: Tensor | None = None) -> Product:
+    """What `linear` makes of its arguments."""
+    integers = quantize(x, view.activation) if wants_integers(packed, view) else None
+    return Product(
+        form=form_of_weight(packed, view, integers.group if integers else 64),
+        values=integers.codes if integers else x,
+        meta=integers.meta if integers else None,
+        weight=packed,
+        bias=bias,
+        out=out,
+    )
+
+
+def poisoned(num_tokens: int, num_rows: int) -> Tensor:
+    return torch.full((num_tokens, num_rows), torch.nan, device="cuda")
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [17, 32, 45, 64, 100, 200])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("form", [*FORMS, "bfloat16"])
+def test_rows_are_those_of_the_direct_kernel(form: str, view: str, num_tokens: int) -> None:
+    for shape in SHAPES:
+        stored = random_stored(form, *shape)
+        packed, x = layout.pack(stored), fresh(num_tokens, shape[1])
+        out, same = poisoned(num_tokens, shape[0]), poisoned(num_tokens, shape[0])
+        wide.multiply(product(x, packed, VIEWS[view], out))
+        direct.multiply(product(x, packed, VIEWS[view], same))
+        assert_close(out, expected(x, on_gpu(stored), VIEWS[view]), TOLERANCE)
+        assert_same_bits(out, same)
+
+
+@gpu
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("form", ["signed16", "affine4"])
+def test_the_cut_changes_no_bit(form: str, cut: dict[str, Any]) -> None:
+    for num_tokens in (32, 64, 128):
+        packed, x = layout.pack(random_stored(form, 1056, 4096, 128)), fresh(num_tokens, 4096)
+        for view in (VERIFY, draft_view(Activation.A8)):
+            usual, other = poisoned(num_tokens, 1056), poisoned(num_tokens, 1056)
+            one = product(x, packed, view, usual)
+            wide.multiply(one)
+            chosen = replace(wide.tuning(one.form, num_tokens // 8), **cut)
+            wide.multiply(replace(one, out=other), chosen)
+            assert_same_bits(other, usual)
+
+
+@gpu
+def test_a_bias_and_a_rounded_output() -> None:
+    packed, x, bias = (
+        layout.pack(random_stored("signed16", 1000, 576, 64)),
+        fresh(50, 576),
+        fresh(1000),
+    )
+    out = poisoned(50, 1000)
+    wide.multiply(product(x, packed, VERIFY, out, bias))
+    rounded = linear(x, packed, bias, VERIFY, some_rows())
+    assert rounded.dtype is torch.bfloat16
+    assert_same_bits(rounded, out.bfloat16())
+    plain = poisoned(50, 1000)
+    wide.multiply(product(x, packed, VERIFY, plain))
+    assert_same_bits(out, plain + bias.float())
+
+
+@gpu
+def test_shared_rows_in_a_chain_of_dependent_launches() -> None:
+    """Kernels that exchange sums follow each other through one workspace, replay after replay."""
+    packed = layout.pack(random_stored("signed16", 2048, 4096, 128))
+    x, plain = fresh(40, 4096), poisoned(40, 2048)
+    wide.multiply(product(x, packed, VERIFY, plain))
+    outs = [poisoned(40, 2048) for _ in range(4)]
+    steps = [replace(product(x, packed, VERIFY, out), pdl=True) for out in outs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index, step in enumerate(steps):
+            wide.multiply(step, wide.Tuning(groups=4, units=1 + index % 3))
+    for _ in range(20):
+        for out in outs:
+            out.fill_(torch.nan)
+        graph.replay()
+        for out in outs:
+            assert_same_bits(out, plain)
+
+
+@pytest.mark.parametrize(
+    ("num_units", "num_col_tiles", "units"),
+    [(192, 32, 2), (128, 32, 1), (896, 32, 8), (128, 112, 1)],  # an 8B layer on 132 multiprocessors
+)
+def test_units_keep_multiprocessors_busy(num_units: int, num_col_tiles: int, units: int) -> None:
+    assert wide.units_of(num_units, num_col_tiles, 132) == units
+
+
+def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", exc_type=Exception)
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+    forms = [Form(bits=4, act=8), Form(bits=4, group=32, is_signed=False, has_offset=True, act=8),
+             Form(bits=8), Form(bits=16), Form(bits=0)]  # fmt: skip
+    for form, token_tiles in zip(forms, [4, 8, 4, 8, 16], strict=True):
+        shape = {**form.defines(), "NT": token_tiles, "WGS": wide.tuning(form, token_tiles).groups}
+        defines = [(key, str(value)) for key, value in {**shape, "RANGES": wide.RANGES}.items()]
+        try:
+            assert nvrtc.compile_source("wide.cu", "sm_90a", defines)
+        except ValueError as error:
+            if "needs the library NVRTC" in str(error):
+                pytest.skip(str(error))
+            raise
