@@ -73,8 +73,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int thread = threadIdx.x;
   const i64 row = blockIdx.x;
   const u16* from = x + row / num_heads * stride + row % num_heads * WIDTH;
-  float values[ROUNDS][8], sum = 0.f;
+  float values[ROUNDS][8], scale[ROUNDS][8] = {}, sum = 0.f;
   launch_dependents();
+  // no kernel writes weights: they come while the kernel before this one still runs
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int at = round * THREADS + thread;
+    if (at < VECTORS) {
+#if WEIGHT_FLOAT
+      *(float4*)scale[round] = ((const float4*)weight)[at * 2];
+      *(float4*)(scale[round] + 4) = ((const float4*)weight)[at * 2 + 1];
+#else
+      unpack(((const uint4*)weight)[at], scale[round]);
+#endif
+    }
+  }
   wait_for_earlier_kernels();
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
@@ -111,18 +124,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
     const int at = round * THREADS + thread;
-    float normed[8], scale[8] = {};
-    if (at < VECTORS) {
-#if WEIGHT_FLOAT
-      *(float4*)scale = ((const float4*)weight)[at * 2];
-      *(float4*)(scale + 4) = ((const float4*)weight)[at * 2 + 1];
-#else
-      unpack(((const uint4*)weight)[at], scale);
-#endif
-    }
+    float normed[8];
 #pragma unroll
     for (int i = 0; i < 8; i++)
-      normed[i] = __fmul_rn(__fmul_rn(values[round][i], factor), scale[i]);
+      normed[i] = __fmul_rn(__fmul_rn(values[round][i], factor), scale[round][i]);
     write(normed, at, row, out, codes, meta, pitch);
   }
 }
