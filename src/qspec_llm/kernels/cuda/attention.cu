@@ -13,16 +13,17 @@
 // queries at a time (rows times the query heads that share the KV head). Keys and values come in units
 // of UNIT keys, STAGES of which a lane keeps in shared memory or on their way.
 //
-// Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE, a multiple of UNIT; MT: QUERIES = 16 MT;
-// CLUSTER 2, 4 or 8; STAGES; ROTATE 1: q, k, v come unrotated, and keys from the first row's position
-// on come from them; 0: q is ready and every key is in the cache; GROUP 0, 32 or 64 and TOP: how the
-// result is quantised.
+// Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE, a multiple of 16; MT: QUERIES = 16 MT;
+// CLUSTER 1, 2, 4 or 8; UNIT 16 or 32; STAGES; ROTATE 1: q, k, v come unrotated, and keys from the
+// first row's position on come from them; 0: q is ready and every key is in the cache; GROUP 0, 32 or
+// 64 and TOP: how the result is quantised.
 
 #include "ptx.cuh"
+#include "quantize.cuh"
 
-#define LANES 16
+#define LANES 8
 #define CHUNK 32
-#define UNIT 16
+#define PLACED 16              // keys that lie side by side in the cache
 #define OWN (LANES / CLUSTER)  // lanes of a block
 #define SHARES (8 / OWN)       // warps among which a lane's columns are shared out
 #define TEAM (SHARES * MT)     // warps of a lane
@@ -31,11 +32,14 @@
 #define QUERIES (16 * MT)
 #define HALF (HEAD / 2)
 #define RATIO (NUM_HEADS / NUM_KV)
-#define PITCH (HEAD + 8)      // of rows in shared memory: an odd number of 16-byte units
-#define PIECES (HEAD / 8)     // 16-byte pieces of a row
+#define PITCH (HEAD + 8)           // of rows in shared memory: an odd number of 16-byte units
+#define PIECES (HEAD / 8)          // 16-byte pieces of a row
 #define ROWS (32 * TEAM / PIECES)  // that a team copies at a time
-#define COLS (HEAD / SHARES)  // of the result, for a warp
-#define PART 64               // columns of the result that a warp merges
+#define COLS (HEAD / SHARES)       // of the result, for a warp
+#define PART 64                    // columns of the result that a warp merges
+#define KEY_UNITS (CHUNK / UNIT)   // of a chunk; as many units of values follow them
+#define UNITS (2 * KEY_UNITS)
+#define TILES (UNIT / 8)  // of scores that a unit of keys gives
 #define LOG2E 1.4426950408889634f
 #define INFINITE __int_as_float(0x7f800000)
 #define ONES 0x3F803F80u  // two of bf16
@@ -51,6 +55,12 @@ DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
 DEVICE void load_transposed(u32 (&b)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(at));
+}
+
+DEVICE void load_transposed(u32 (&b)[2], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(b[0]), "=r"(b[1])
                : "r"(at));
 }
 
@@ -86,20 +96,34 @@ DEVICE void meet_team(int team) {
 #endif
 }
 
-// All blocks of the cluster: what they wrote before is visible after.
-DEVICE void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// All blocks of the cluster, in two halves: what a block wrote before it arrives is visible to all of
+// them after they have waited.
+DEVICE void arrive() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+DEVICE void wait() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
 }
 
 // A float in the shared memory of block `rank` of the cluster.
 DEVICE float remote(const float* p, u32 rank) {
+#if CLUSTER > 1
   float value;
   asm volatile("ld.shared::cluster.f32 %0, [%1];"
                : "=f"(value)
                : "r"(remote_address(smem_address(p), rank))
                : "memory");
   return value;
+#else
+  return *p;
+#endif
 }
 
 // PART columns of one finished query, by one warp: columns lane and lane + 32.
@@ -117,12 +141,11 @@ DEVICE void write(const float (&exact)[2], i64 row, int first_col, u16* out, u8*
     }
 #pragma unroll
     for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const float scale = __fdiv_rn(top, (float)TOP);
-    const float divisor = fmaxf(scale, 1.1754943508222875e-38f);
+    const Scale scale(top);
     int sum = 0;
 #pragma unroll
     for (int i = 0; i < GROUP / 32; i++) {
-      const int code = max(-TOP, min(TOP, __float2int_rn(__fdiv_rn(value[i], divisor))));
+      const int code = scale.code(value[i]);
       const int col = first_col + group * GROUP + i * 32 + lane;
       // of every 16 columns the two halves of 8 are interleaved
       codes[row * (NUM_HEADS * HEAD) + (col & ~15) + ((col & 7) << 1) + ((col >> 3) & 1)] = (u8)code;
@@ -130,7 +153,7 @@ DEVICE void write(const float (&exact)[2], i64 row, int first_col, u16* out, u8*
     }
     sum = __reduce_add_sync(~0u, sum);
     if (lane == 0)
-      meta[(i64)(first_col / GROUP + group) * pitch + row] = make_int2(__float_as_int(scale), sum);
+      meta[(i64)(first_col / GROUP + group) * pitch + row] = make_int2(__float_as_int(scale.value), sum);
   }
 #else
 #pragma unroll
@@ -151,18 +174,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const int g = lane >> 2, t = lane & 3;
   const int team = warp / TEAM, tile = warp % MT, share = warp / MT % SHARES;
-  const int mate = thread % (32 * TEAM);  // this thread in its team
+  const int mate = thread % (32 * TEAM);     // this thread in its team
   const int stream = rank + team * CLUSTER;  // the lane of chunks
   launch_dependents();
   wait_for_earlier_kernels();
 
-  // where the units of the stream's next 16 chunks begin: unit i of them in the warp's lane i
+  // where the keys of the stream's next 16 chunks lie: for lane i of a warp, PLACED keys of chunk i / 2
   const i64* table = tables + (i64)seq * table_stride;
-  const auto units_from = [&](int chunk) {
-    const int key = (stream + (chunk + lane / 2) * LANES) * CHUNK + lane % 2 * UNIT;
+  const auto places_from = [&](int chunk) {
+    const int key = (stream + (chunk + lane / 2) * LANES) * CHUNK + lane % 2 * PLACED;
     return (int)table[min(key / BLOCK_SIZE, table_size - 1)] * BLOCK_SIZE + key % BLOCK_SIZE;
   };
-  int places = units_from(0);
+  int places = places_from(0);
   const int context = (int)contexts[seq];
   const i64 first = cu_rows[seq];
   const int num_queries = (int)(cu_rows[seq + 1] - first) * RATIO;
@@ -170,49 +193,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
   const int first_position = (int)positions[first];
   const int fresh = ROTATE ? first_position : context;  // later keys are in k and v
   const int num_chunks = (context + CHUNK - 1) / CHUNK;
-  const int num_units = (num_chunks - stream + LANES - 1) / LANES * 4;  // keys, keys, values, values
+  const int num_units = (num_chunks - stream + LANES - 1) / LANES * UNITS;
   const float factor = __fmul_rn(scale, LOG2E);
+  const int mate_row = mate / PIECES, mate_col = mate % PIECES * 8;
 
-  // Starts the copies of a unit of the stream; rows past the context are zeros. What is new is rotated
-  // here, and written to its slots.
+  // Starts the copies of a unit of the stream; rows past the context are zeros. New keys are rotated
+  // here, and written to their slots with their values.
   const auto fetch = [&](int unit) {
     if (unit < num_units) {
-      const int chunk = unit / 4, half = unit % 2;
-      const bool is_value = unit & 2;
-      if (chunk % 16 == 0 && unit % 4 == 0 && chunk) places = units_from(chunk);
-      const int place = __shfl_sync(~0u, places, chunk % 16 * 2 + half);
+      const int chunk = unit / UNITS, half = unit % KEY_UNITS;
+      const bool is_value = unit % UNITS >= KEY_UNITS;
+      if (unit % (16 * UNITS) == 0 && unit) places = places_from(chunk);
       const int low = (stream + chunk * LANES) * CHUNK + half * UNIT;
       Unit& room = sh.ring[team][unit % STAGES];
-      u16* const cache = is_value ? value_cache : key_cache;
-      const u16* from = cache + ((i64)(place + mate / PIECES) * NUM_KV + kv_head) * HEAD + mate % PIECES * 8;
-      const u32 to = smem_address(&room[mate / PIECES][mate % PIECES * 8]);
+      const u32 to = smem_address(&room[mate_row][mate_col]);
+      const u16* const cache = is_value ? value_cache : key_cache;
 #pragma unroll
       for (int n = 0; n < UNIT; n += ROWS) {
-        const int key = low + n + mate / PIECES;
-        const bool is_cached = key < fresh;
-        if ((ROWS <= UNIT || mate / PIECES < UNIT) && (is_cached || key >= context))
-          copy_or_zero(to + n * PITCH * 2, from + n * NUM_KV * HEAD, is_cached);
+        const int row = n + mate_row, key = low + row;
+        const int source = chunk % 16 * 2 + (half * UNIT + row) / PLACED;
+        const int slot = __shfl_sync(~0u, places, source) + row % PLACED;
+        const u16* from = cache + ((i64)slot * NUM_KV + kv_head) * HEAD + mate_col;
+        const bool is_inside = key < context, is_new = ROTATE && key >= fresh && is_inside;
+        if (is_new) from = v + (first + key - fresh) * v_stride + kv_head * HEAD + mate_col;
+        if ((ROWS <= UNIT || row < UNIT) && (is_value || !is_new))
+          copy_or_zero(to + n * PITCH * 2, from, is_inside);
       }
 #if ROTATE
       const int new_low = max(low, fresh), new_high = min(low + UNIT, context);
-      for (int i = mate; i < (new_high - new_low) * HALF; i += 32 * TEAM) {
-        const int key = new_low + i / HALF, pair = i % HALF, n = key - low;
+      for (int i = mate; !is_value && i < (new_high - new_low) * HALF; i += 32 * TEAM) {
+        const int key = new_low + i / HALF, pair = i % HALF;
         const i64 row = first + key - fresh, slot = slots[row];
-        u16* const to = cache + (slot * NUM_KV + kv_head) * HEAD;
-        if (is_value) {
-          const u32 value = *(const u32*)(v + row * v_stride + kv_head * HEAD + 2 * pair);
-          *(u32*)&room[n][2 * pair] = value;
-          if (slot >= 0) *(u32*)(to + 2 * pair) = value;
-        } else {
-          const u16* from = k + row * k_stride + kv_head * HEAD + pair;
-          const u32 turned = rotated_pair(from[0], from[HALF], cosines[(i64)key * HALF + pair],
-                                          sines[(i64)key * HALF + pair]);
-          room[n][pair] = (u16)turned;
-          room[n][pair + HALF] = (u16)(turned >> 16);
-          if (slot >= 0) {
-            to[pair] = (u16)turned;
-            to[pair + HALF] = (u16)(turned >> 16);
-          }
+        const u16* from = k + row * k_stride + kv_head * HEAD + pair;
+        const u32 value = *(const u32*)(v + row * v_stride + kv_head * HEAD + 2 * pair);
+        const u32 turned = rotated_pair(from[0], from[HALF], cosines[(i64)key * HALF + pair],
+                                        sines[(i64)key * HALF + pair]);
+        room[key - low][pair] = (u16)turned;
+        room[key - low][pair + HALF] = (u16)(turned >> 16);
+        if (slot >= 0) {
+          const i64 at = (slot * NUM_KV + kv_head) * HEAD;
+          key_cache[at + pair] = (u16)turned;
+          key_cache[at + pair + HALF] = (u16)(turned >> 16);
+          *(u32*)(value_cache + at + 2 * pair) = value;
         }
       }
 #endif
@@ -222,25 +244,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
 
   for (int m0 = 0; m0 < num_queries; m0 += QUERIES) {
     const int count = min(QUERIES, num_queries - m0);
-    if (num_chunks > 16 * LANES) places = units_from(0);
-#pragma unroll 1
-    for (int unit = 0; unit < STAGES - 1; unit++) fetch(unit);
-    // the queries of this turn
+    if (num_chunks > 16 * LANES) places = places_from(0);
+    // the queries of this turn are asked for before the keys, and rotated after
+    u32 pairs[QUERIES * HALF / THREADS];
+    float2 turns[QUERIES * HALF / THREADS];
 #pragma unroll
     for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
       const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
-      u32 turned = 0;
+      pairs[i] = 0;
+      turns[i] = make_float2(0.f, 0.f);
       if (m < count) {
         const i64 row = first + (m0 + m) / RATIO;
         const u16* from = q + row * q_stride + (kv_head * RATIO + (m0 + m) % RATIO) * HEAD + pair;
-#if ROTATE
+        pairs[i] = from[0] | (u32)from[HALF] << 16;
         // rows of a sequence follow each other; what lies past the context is no row that counts
         const i64 turn = (i64)min(first_position + (m0 + m) / RATIO, context - 1) * HALF + pair;
-        turned = rotated_pair(from[0], from[HALF], cosines[turn], sines[turn]);
-#else
-        turned = from[0] | (u32)from[HALF] << 16;
-#endif
+        if (ROTATE) turns[i] = make_float2(cosines[turn], sines[turn]);
       }
+    }
+#pragma unroll 1
+    for (int unit = 0; unit < STAGES - 1; unit++) fetch(unit);
+#pragma unroll
+    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
+      u32 turned = pairs[i];
+      if (ROTATE) turned = rotated_pair(turned & 0xFFFF, turned >> 16, turns[i].x, turns[i].y);
       sh.queries[m][pair] = (u16)turned;
       sh.queries[m][pair + HALF] = (u16)(turned >> 16);
     }
@@ -256,20 +284,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
     const u32 queries = smem_address(&sh.queries[tile * 16 + (lane & 15)][(lane >> 4) * 8]);
     const int key_row = (lane & 7) + (lane >> 4) * 8, key_col = (lane >> 3 & 1) * 8;
 
+#if SHARES >= 4  // few columns leave registers for the queries
+    u32 kept[HEAD / 16][4];
+#pragma unroll
+    for (int step = 0; step < HEAD / 16; step++) load_matrices(kept[step], queries + step * 32);
+#endif
+
     float scores[CHUNK / 8][4];
     u32 weights[CHUNK / 8][2];
+    // scores of a unit of keys
     const auto score = [&](int half, u32 keys) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) scores[half * 2][i] = scores[half * 2 + 1][i] = 0.f;
+      for (int i = 0; i < TILES * 4; i++) scores[half * TILES + i / 4][i % 4] = 0.f;
 #pragma unroll
       for (int step = 0; step < HEAD / 16; step++) {
-        u32 a[4], b[4];
+#if SHARES >= 4
+        const u32(&a)[4] = kept[step];
+#else
+        u32 a[4];
         load_matrices(a, queries + step * 32);
-        load_matrices(b, keys + step * 32);
-        mma_bf16(scores[half * 2], a, b[0], b[1]);
-        mma_bf16(scores[half * 2 + 1], a, b[2], b[3]);
+#endif
+#pragma unroll
+        for (int i = 0; i < TILES; i += 2) {
+          u32 b[4];
+          load_matrices(b, keys + i * 8 * PITCH * 2 + step * 32);
+          mma_bf16(scores[half * TILES + i], a, b[0], b[1]);
+          mma_bf16(scores[half * TILES + i + 1], a, b[2], b[3]);
+        }
       }
     };
+    // weights of a chunk of keys from their scores
     const auto weigh = [&](int low) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -299,17 +343,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
         }
       }
     };
+    // a unit of weighted values
     const auto add = [&](int half, u32 values) {
-      const u32 a[4] = {weights[half * 2][0], weights[half * 2][1], weights[half * 2 + 1][0],
-                        weights[half * 2 + 1][1]};
 #pragma unroll
-      for (int col = 0; col < COLS / 16; col++) {
-        u32 b[4];
-        load_transposed(b, values + col * 32);
-        mma_bf16(total[col * 2], a, b[0], b[1]);
-        mma_bf16(total[col * 2 + 1], a, b[2], b[3]);
+      for (int step = 0; step < UNIT / 16; step++) {
+        const int i = half * TILES + step * 2;
+        const u32 a[4] = {weights[i][0], weights[i][1], weights[i + 1][0], weights[i + 1][1]};
+#if COLS == 8
+        u32 b[2];
+        load_transposed(b, values + step * 16 * PITCH * 2);
+        mma_bf16(total[0], a, b[0], b[1]);
+#else
+#pragma unroll
+        for (int col = 0; col < COLS / 16; col++) {
+          u32 b[4];
+          load_transposed(b, values + step * 16 * PITCH * 2 + col * 32);
+          mma_bf16(total[col * 2], a, b[0], b[1]);
+          mma_bf16(total[col * 2 + 1], a, b[2], b[3]);
+        }
+#endif
+        mma_bf16(sums, a, ONES, ONES);
       }
-      mma_bf16(sums, a, ONES, ONES);
     };
 
 #pragma unroll 1
@@ -319,16 +373,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
       fetch(unit + STAGES - 1);  // where the unit before this one was
       Unit& room = sh.ring[team][unit % STAGES];
       const u32 keys = smem_address(&room[key_row][key_col]);
-      const u32 values = smem_address(&room[lane & 15][share * COLS + (lane >> 4) * 8]);
-      switch (unit % 4) {
+      const u32 values = smem_address(&room[lane & 15][share * COLS + (COLS > 8) * (lane >> 4) * 8]);
+      const int low = (stream + unit / UNITS * LANES) * CHUNK;
+#if KEY_UNITS == 1
+      if (unit % 2 == 0) {
+        score(0, keys);
+        weigh(low);
+      } else {
+        add(0, values);
+      }
+#else
+      switch (unit % UNITS) {
         case 0: score(0, keys); break;
         case 1:
           score(1, keys);
-          weigh((stream + unit / 4 * LANES) * CHUNK);
+          weigh(low);
           break;
         case 2: add(0, values); break;
         default: add(1, values);
       }
+#endif
     }
     __syncthreads();  // the ring becomes the result
 #pragma unroll
@@ -343,9 +407,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
         sh.sums[team][m] = sums[half * 2];
       }
     }
-    meet_cluster();
+    arrive();
+    wait();
     // a warp merges PART columns of a query, each block its share of them
-    for (int i = rank + warp * CLUSTER; i < count * (HEAD / PART); i += CLUSTER * WARPS) {
+    const int num_parts = count * (HEAD / PART);
+    int i = rank + warp * CLUSTER;
+    if (i >= num_parts) arrive();
+    while (i < num_parts) {
       const int m = i / (HEAD / PART), first_col = i % (HEAD / PART) * PART;
       float found[LANES][2];
 #pragma unroll
@@ -355,12 +423,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
           found[j][n] = remote(&sh.result[j / CLUSTER][m][first_col + n * 32 + lane], j % CLUSTER);
       // a warp's lanes hold the tops of the streams, then their sums
       const int other = lane % LANES;
-      const float* from = lane < LANES ? &sh.tops[other / CLUSTER][m] : &sh.sums[other / CLUSTER][m];
+      const bool is_top = lane % (2 * LANES) < LANES;
+      const float* from = is_top ? &sh.tops[other / CLUSTER][m] : &sh.sums[other / CLUSTER][m];
       const float mine = remote(from, other % CLUSTER);
-      float top = lane < LANES ? mine : -INFINITE;
+      i += CLUSTER * WARPS;
+      if (i >= num_parts) arrive();  // its last reads of other blocks
+      float top = is_top ? mine : -INFINITE;
 #pragma unroll
-      for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      const float weights = exp2_of(mine - (top == -INFINITE ? 0.f : top));  // of the first 16 lanes
+      for (int step = LANES; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      const float weights = exp2_of(mine - (top == -INFINITE ? 0.f : top));  // of lanes with tops
       float sum = 0.f, all[2] = {};
 #pragma unroll
       for (int j = 0; j < LANES; j++) {
@@ -374,6 +445,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
       const int head = kv_head * RATIO + (m0 + m) % RATIO;
       write(all, first + (m0 + m) / RATIO, head * HEAD + first_col, out, codes, meta, pitch);
     }
-    meet_cluster();
+    wait();
   }
 }

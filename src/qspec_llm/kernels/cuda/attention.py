@@ -22,9 +22,9 @@ from qspec_llm.weights.view import Activation
 __all__ = ["attend", "rotate_write_attend"]
 
 HEAD_DIMS = (64, 128)
-LANES, UNIT, QUERIES = 16, 16, 16  # of attention.cu: of chunks, keys of a stage, queries of a tile
-WARPS = 8  # of a block, for every tile of queries
-CLUSTERS = (8, 4, 2)  # blocks that may share a KV head
+LANES, QUERIES, WARPS = 8, 16, 8  # of attention.cu; queries and warps for each tile of queries
+PLACED = 16  # keys that lie side by side in the cache
+CLUSTERS = (8, 4, 2, 1)  # blocks that may share a KV head
 MOST_STAGES = 8
 SMEM_PER_BLOCK, SMEM_PER_SM = 227 << 10, 228 << 10
 
@@ -85,7 +85,7 @@ def rotate_write_attend(
 def _fits(query: Tensor, kv: LayerKV) -> bool:
     """Whether attention.cu runs: bf16, heads it knows, clusters and the shared memory of Hopper."""
     is_known = query.dtype is torch.bfloat16 and query.shape[2] in HEAD_DIMS
-    is_known &= kv.block_size % UNIT == 0
+    is_known &= kv.block_size % PLACED == 0
     return is_known and query.is_cuda and _has_room(query.device.index)
 
 
@@ -109,8 +109,7 @@ def _attend(
     # neither the queries that a block holds nor the blocks that share a head change a sum
     num_queries = -(-num_rows // num_seqs) * (num_heads // num_kv)
     tiles = 1 if num_queries <= QUERIES else 2
-    cluster = _cluster(num_seqs * num_kv, device.index)
-    stages = _stages(head_dim, tiles, cluster)
+    cluster, unit, stages = _cut(head_dim, tiles, num_seqs * num_kv, device.index)
     function = kernel(
         "attention.cu",
         "attend",
@@ -120,6 +119,7 @@ def _attend(
         BLOCK_SIZE=kv.block_size,
         MT=tiles,
         CLUSTER=cluster,
+        UNIT=unit,
         STAGES=stages,
         ROTATE=int(angles is not None),
         GROUP=group,
@@ -138,7 +138,7 @@ def _attend(
         rows.positions, rows.slots, rows.cu_rows, rows.contexts,
         tables, tables.stride(0), tables.shape[1], head_dim**-0.5,
     ]  # fmt: skip
-    smem = _shared_bytes(head_dim, tiles, cluster, stages)
+    smem = _shared_bytes(head_dim, tiles, cluster, unit * stages)
     grid = (cluster, num_kv, num_seqs)
     threads = 32 * WARPS * tiles
     function.launch(grid, threads, args, smem=smem, cluster=cluster, pdl=can_overlap())
@@ -146,25 +146,26 @@ def _attend(
 
 
 @cache
-def _cluster(num_heads: int, device: int) -> int:
-    """Blocks that share a KV head: as many as there are multiprocessors for."""
-    most = num_multiprocessors(device)
-    return next((size for size in CLUSTERS if num_heads * size <= most), CLUSTERS[-1])
+def _cut(head_dim: int, tiles: int, num_heads: int, device: int) -> tuple[int, int, int]:
+    """Blocks that share a KV head, keys of a unit, and units that a lane keeps.
 
-
-@cache
-def _stages(head_dim: int, tiles: int, cluster: int) -> int:
-    """Units that each lane of a block keeps: what fits where two blocks of one tile share a
-    multiprocessor, as their registers do, or one of two tiles has it alone."""
-    most = SMEM_PER_SM // 2 - 1024 if tiles == 1 else SMEM_PER_BLOCK
+    As many blocks as there are multiprocessors for; with several on one, two of one tile of queries
+    fit, as their registers do.
+    """
+    room = num_multiprocessors(device)
+    cluster = next((size for size in CLUSTERS if num_heads * size <= room), CLUSTERS[-1])
+    is_alone = tiles > 1 or num_heads * cluster <= room
+    most = SMEM_PER_BLOCK if is_alone else SMEM_PER_SM // 2 - 1024
+    unit = 16 if cluster == 1 else 32
     sizes = range(MOST_STAGES, 2, -1)
-    return next(n for n in sizes if _shared_bytes(head_dim, tiles, cluster, n) <= most)
+    stages = (n for n in sizes if _shared_bytes(head_dim, tiles, cluster, n * unit) <= most)
+    return cluster, unit, next(stages)
 
 
-def _shared_bytes(head_dim: int, tiles: int, cluster: int, stages: int) -> int:
-    """sizeof(Shared) of attention.cu."""
+def _shared_bytes(head_dim: int, tiles: int, cluster: int, keys: int) -> int:
+    """sizeof(Shared) of attention.cu, whose lanes keep so many keys or values."""
     own, queries, pitch = LANES // cluster, QUERIES * tiles, 2 * (head_dim + 8)
-    ring, result = own * stages * UNIT * pitch, own * queries * (head_dim + 4) * 4
+    ring, result = own * keys * pitch, own * queries * (head_dim + 4) * 4
     return queries * pitch + own * queries * 8 + max(ring, result)
 
 
