@@ -1,13 +1,12 @@
 """End-to-end decoding: plain against speculative, every target, with an A/A control."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qspec_llm.bench.measure import run_in_turn
 from qspec_llm.engine.engine import Engine, Gamma
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
-from qspec_llm.llm import LLM
 
 __all__ = ["TargetResult", "decode"]
 
@@ -33,18 +32,21 @@ class TargetResult:
 
 
 def decode(
-    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, gamma: Gamma
+    new_engine: Callable[[Gamma], Engine],
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    gamma: Gamma,
 ) -> TargetResult:
     """Generate the same prompts plainly, plainly again, and with drafts, step by step in turn.
 
     Args:
-        llm: a loaded model; its weights are shared, each run has a KV cache of its own.
+        new_engine: makes engines over the same weights, each with a KV cache of its own.
         prompts: token ids.
         params: sampling options.
         gamma: tokens drafted in each cycle of the speculative run.
     """
-    engines = [llm.new_engine(0), llm.new_engine(0), llm.new_engine(gamma)]
-    requests = [[group[0] for group in llm.submit(engine, prompts, params)] for engine in engines]
+    engines = [new_engine(0), new_engine(0), new_engine(gamma)]
+    requests = [[engine.add(prompt, params) for prompt in prompts] for engine in engines]
     run_in_turn(engines)
     plain, again, drafted = (
         _tokens_per_second(engine, group) for engine, group in zip(engines, requests, strict=True)

@@ -195,6 +195,12 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
     for parser in (steps, decode):
         parser.add_argument(
+            "--enlarge",
+            metavar="MODEL",
+            help="with --shape: this model zero-padded to that shape, which computes the same; "
+            "real text and acceptance of a small model at the speed of a large one",
+        )
+        parser.add_argument(
             "--targets",
             nargs="+",
             default=["int4", "int8", "bf16"],

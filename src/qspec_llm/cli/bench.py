@@ -3,17 +3,22 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from qspec_llm.bench import decode, kernels, shapes, steps, synthetic
+from qspec_llm.bench import decode, enlarge, kernels, shapes, steps, synthetic
 from qspec_llm.cli.common import progress_bar, read_prompt_file
 from qspec_llm.config import EngineConfig
-from qspec_llm.engine.engine import Gamma
+from qspec_llm.engine.engine import Engine, Gamma
+from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
+from qspec_llm.engine.runner import Runner
 from qspec_llm.errors import QSpecError
 from qspec_llm.hub import resolve_model
 from qspec_llm.kernels import get_backend
+from qspec_llm.kv.blocks import blocks_for
+from qspec_llm.kv.pool import allocate
 from qspec_llm.llm import LLM
 from qspec_llm.model.config import ModelConfig, read_config
 from qspec_llm.model.decoder import Decoder
@@ -25,6 +30,7 @@ from qspec_llm.weights.view import Activation, draft_view
 
 __all__ = ["run"]
 
+ENLARGED_TOKENS = 2048  # of one sequence of an enlarged model
 SYNTHETIC = "synthetic acceptance (a coin decides, not the model)"
 
 
@@ -76,9 +82,7 @@ def _kernels(args: argparse.Namespace) -> dict[str, Any]:
 def _steps(args: argparse.Namespace) -> dict[str, Any]:
     if (args.model is None) == (args.shape is None):
         raise QSpecError("give either a MODEL or --shape, so that one model is measured")
-    checkpoint: Checkpoint = (
-        _random(args) if args.shape else open_checkpoint(resolve_model(args.model))
-    )
+    checkpoint = _checkpoint(args)
     config = read_config(checkpoint)
     contexts = _contexts(args.contexts, config)
     decoders = _load_targets(args, checkpoint, config, contexts[-1] + max(args.rows))
@@ -92,7 +96,7 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
         )
     report = {
         "backend": args.backend,
-        "model": args.shape or args.model,
+        "model": _name(args),
         "threads": get_backend(args.backend).num_threads(),
         "steps": [
             {
@@ -113,11 +117,26 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _random(args: argparse.Namespace) -> shapes.RandomCheckpoint:
-    """Random weights, made where the backend computes."""
+def _checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The model to measure; weights that are no file's are made where the backend computes."""
+    if not args.shape:
+        if args.enlarge:
+            raise QSpecError("--enlarge needs --shape, the sizes to enlarge to")
+        return open_checkpoint(resolve_model(args.model))
     args.backend = _engine(args, Target.BF16).backend  # "auto" is resolved
     device = get_backend(args.backend).device
-    return shapes.RandomCheckpoint(args.shape, device, args.group)
+    if not args.enlarge:
+        return shapes.RandomCheckpoint(args.shape, device, args.group)
+    small = open_checkpoint(resolve_model(args.enlarge))
+    shape = shapes.SHAPES[args.shape]
+    return enlarge.EnlargedCheckpoint(small, read_config(small), shape, device, args.group)
+
+
+def _name(args: argparse.Namespace) -> str:
+    """The model as a report names it."""
+    if not args.enlarge:
+        return str(args.shape or args.model)
+    return f"{args.enlarge} zero-padded to the shape {args.shape} (it computes what it computed)"
 
 
 def _host_share(args: argparse.Namespace, decoders: dict[str, Decoder]) -> float | None:
@@ -183,33 +202,28 @@ def _show_steps(report: dict[str, Any]) -> None:
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
-    if (args.shape is None) != (args.synthetic_acceptance is None):
+    is_random = args.shape is not None and args.enlarge is None
+    if is_random != (args.synthetic_acceptance is not None):
         raise QSpecError(
             "--shape and --synthetic-acceptance belong together: random weights accept nothing "
             "by themselves, and a real model needs no coin"
         )
-    if args.shape:
+    if is_random:
         return _decode_synthetic(args)
-    if args.model is None or args.prompt_file is None:
-        raise QSpecError("give a MODEL and --prompt-file, or --shape and --synthetic-acceptance")
+    if (args.model is None) == (args.enlarge is None) or args.prompt_file is None:
+        raise QSpecError(
+            "give a MODEL (or --enlarge MODEL --shape S) and --prompt-file, or --shape and "
+            "--synthetic-acceptance"
+        )
     texts = read_prompt_file(args.prompt_file)
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
     runs: list[dict[str, Any]] = []
     results: dict[str, decode.TargetResult] = {}
     for target in args.targets:
         print(f"qspec: {target}: loading and decoding", file=sys.stderr)
-        llm = LLM(
-            args.model,
-            target=target,
-            draft=args.draft,
-            group=args.group,
-            threads=args.threads,
-            isa=args.isa,
-            backend=args.backend,
-            max_batch=args.max_batch,
-        )
-        prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": t}]) for t in texts]
-        result = results[target] = decode.decode(llm, prompts, params, args.gamma)
+        tokenizer, new_engine = _loaded(args, target)
+        prompts = [tokenizer.encode_chat([{"role": "user", "content": t}]) for t in texts]
+        result = results[target] = decode.decode(new_engine, prompts, params, args.gamma)
         run = {"target": target, "draft": args.draft}
         runs.append(
             {
@@ -228,13 +242,46 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
         if not args.json:
-            _show_decode(target, args.gamma, result)
+            _show_decode(_name(args), target, args.gamma, result)
     return {
+        "model": _name(args),
         "runs": runs,
         "speedup": {target: result.speedup for target, result in results.items()},
         "identical": {target: result.identical for target, result in results.items()},
         "aa_ratio": max((r.aa_ratio for r in results.values()), key=lambda ratio: abs(ratio - 1)),
     }
+
+
+def _loaded(args: argparse.Namespace, target: str) -> tuple[HFTokenizer, Callable[[Gamma], Engine]]:
+    """A model's tokenizer, and what makes engines over its weights."""
+    if args.enlarge is None:
+        llm = LLM(
+            args.model,
+            target=target,
+            draft=args.draft,
+            group=args.group,
+            threads=args.threads,
+            isa=args.isa,
+            backend=args.backend,
+            max_batch=args.max_batch,
+        )
+        return llm.tokenizer, llm.new_engine
+    checkpoint = _checkpoint(args)
+    config = read_config(checkpoint)
+    num_tokens = min(config.context_length, ENLARGED_TOKENS)
+    tokenizer = HFTokenizer(resolve_model(args.enlarge))
+    one = argparse.Namespace(**{**vars(args), "targets": [target]})
+    decoder = _load_targets(one, checkpoint, config, num_tokens)[target]
+    view = draft_view(Activation(args.draft))
+    num_blocks = args.max_batch * blocks_for(num_tokens)
+
+    def new_engine(gamma: Gamma) -> Engine:
+        kv = allocate(config, num_blocks, decoder.dtype, decoder.ops.device)
+        graphs = graphs_of(decoder, kv, view, args.max_batch)
+        runner = Runner(decoder, kv)
+        return Engine(runner, tokenizer, view, gamma=gamma, max_batch=args.max_batch, graphs=graphs)
+
+    return tokenizer, new_engine
 
 
 def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
@@ -248,11 +295,11 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
         )
     runs: list[dict[str, Any]] = []
     for target in args.targets:
-        checkpoint = _random(args)
+        checkpoint = _checkpoint(args)
         decoders = _load_targets(
             argparse.Namespace(**{**vars(args), "targets": [target]}),
             checkpoint,
-            checkpoint.config,
+            read_config(checkpoint),
             args.context + args.max_tokens,
         )
         for batch in args.batches:
@@ -295,11 +342,11 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _show_decode(target: str, gamma: Gamma, result: decode.TargetResult) -> None:
+def _show_decode(name: str, target: str, gamma: Gamma, result: decode.TargetResult) -> None:
     verdict = "identical" if result.identical else "NOT IDENTICAL"
     rate = "none" if result.acceptance_rate is None else f"{result.acceptance_rate:.3f}"
     print(
-        f"{target}: plain {result.plain_tokens_per_second:.2f} tokens/s, "
+        f"{name}, {target}: plain {result.plain_tokens_per_second:.2f} tokens/s, "
         f"gamma {gamma} {result.speculative_tokens_per_second:.2f} ({result.speedup:.2f}x), "
         f"acceptance {rate}, {verdict}, A/A {result.aa_ratio:.3f}"
     )
