@@ -109,7 +109,7 @@ def _attend(
     # neither the queries that a block holds nor the blocks that share a head change a sum
     num_queries = -(-num_rows // num_seqs) * (num_heads // num_kv)
     tiles = 1 if num_queries <= QUERIES else 2
-    cluster, stages = _cut(head_dim, tiles, num_seqs * num_kv, device.index)
+    cluster, unit, stages = _cut(head_dim, tiles, num_seqs * num_kv, device.index)
     function = kernel(
         "attention.cu",
         "attend",
@@ -119,6 +119,7 @@ def _attend(
         BLOCK_SIZE=kv.block_size,
         MT=tiles,
         CLUSTER=cluster,
+        UNIT=unit,
         STAGES=stages,
         ROTATE=int(angles is not None),
         GROUP=group,
@@ -137,7 +138,7 @@ def _attend(
         rows.positions, rows.slots, rows.cu_rows, rows.contexts,
         tables, tables.stride(0), tables.shape[1], head_dim**-0.5,
     ]  # fmt: skip
-    smem = _shared_bytes(head_dim, tiles, cluster, stages)
+    smem = _shared_bytes(head_dim, tiles, cluster, unit * stages)
     grid = (cluster, num_kv, num_seqs)
     threads = 32 * WARPS * tiles
     function.launch(grid, threads, args, smem=smem, cluster=cluster, pdl=can_overlap())
@@ -145,8 +146,8 @@ def _attend(
 
 
 @cache
-def _cut(head_dim: int, tiles: int, num_heads: int, device: int) -> tuple[int, int]:
-    """Blocks that share a KV head, and units that a lane keeps.
+def _cut(head_dim: int, tiles: int, num_heads: int, device: int) -> tuple[int, int, int]:
+    """Blocks that share a KV head, keys of a unit, and units that a lane keeps.
 
     As many blocks as there are multiprocessors for; with several on one, two of one tile of queries
     fit, as their registers do.
@@ -155,18 +156,17 @@ def _cut(head_dim: int, tiles: int, num_heads: int, device: int) -> tuple[int, i
     cluster = next((size for size in CLUSTERS if num_heads * size <= room), CLUSTERS[-1])
     is_alone = tiles > 1 or num_heads * cluster <= room
     most = SMEM_PER_BLOCK if is_alone else SMEM_PER_SM // 2 - 1024
+    unit = 16 if cluster == 1 else 32
     sizes = range(MOST_STAGES, 2, -1)
-    stages = next(n for n in sizes if _shared_bytes(head_dim, tiles, cluster, n) <= most)
-    return cluster, stages
+    stages = (n for n in sizes if _shared_bytes(head_dim, tiles, cluster, n * unit) <= most)
+    return cluster, unit, next(stages)
 
 
-def _shared_bytes(head_dim: int, tiles: int, cluster: int, stages: int) -> int:
-    """sizeof(Shared) of attention.cu."""
+def _shared_bytes(head_dim: int, tiles: int, cluster: int, keys: int) -> int:
+    """sizeof(Shared) of attention.cu, whose lanes keep so many keys or values."""
     own, queries, pitch = LANES // cluster, QUERIES * tiles, 2 * (head_dim + 8)
-    unit = 16 * (8 // own)  # keys
-    ring, result = own * stages * unit * pitch, own * queries * (head_dim + 4) * 4
-    scores = own * queries * (unit + 8) * 4 if own < 8 else 0
-    return queries * pitch + own * queries * 8 + scores + max(ring, result)
+    ring, result = own * keys * pitch, own * queries * (head_dim + 4) * 4
+    return queries * pitch + own * queries * 8 + max(ring, result)
 
 
 @cache
