@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qspec_llm.kernels.triton.launch import next_power, options, start
 
-__all__ = ["Lines", "Places", "accept", "choose", "place", "uniform"]
+__all__ = ["PLAN", "Lines", "Places", "accept", "choose", "place", "uniform"]
 
 CHUNK = 4096  # logits of one program
 PLAN = 9  # entries of a line's plan before its blocks
