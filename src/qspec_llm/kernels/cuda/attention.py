@@ -22,10 +22,11 @@ from qspec_llm.weights.view import Activation
 __all__ = ["attend", "rotate_write_attend"]
 
 HEAD_DIMS = (64, 128)
-THREADS = 256
-CHUNK, STAGES, QUERIES, WARPS = 64, 4, 16, 8
-LANES = 8  # of chunks of keys
-LARGEST_BLOCK = 227 << 10  # bytes of shared memory
+LANES, QUERIES, WARPS = 8, 16, 8  # of attention.cu; queries and warps for each tile of queries
+PLACED = 16  # keys that lie side by side in the cache
+CLUSTERS = (8, 4, 2, 1)  # blocks that may share a KV head
+MOST_STAGES = 8
+SMEM_PER_BLOCK, SMEM_PER_SM = 227 << 10, 228 << 10
 
 
 def attend(
@@ -42,7 +43,7 @@ def attend(
     Returns:
         [R, heads, D] in the dtype of `query`, or the quantised rows [R, heads D].
     """
-    if _fits(query):
+    if _fits(query, kv):
         return _attend(query, None, None, kv, None, rows, activation)
     form = activation if query.shape[2] in HEAD_DIMS else None
     return by_triton.attend_decode(query, kv, rows, _max_context(kv, rows), form)
@@ -73,7 +74,7 @@ def rotate_write_attend(
     head_dim = query.shape[2]
     if activation is not None and head_dim % 64:
         activation = None
-    if _fits(query):
+    if _fits(query, kv):
         return _attend(query, keys, values, kv, angles, rows, activation)
     rotated = rotate_and_write(query, keys, values, kv, *angles, rows.positions, rows.slots)
     if head_dim not in HEAD_DIMS:
@@ -81,9 +82,10 @@ def rotate_write_attend(
     return by_triton.attend_decode(rotated, kv, rows, _max_context(kv, rows), activation)
 
 
-def _fits(query: Tensor) -> bool:
+def _fits(query: Tensor, kv: LayerKV) -> bool:
     """Whether attention.cu runs: bf16, heads it knows, clusters and the shared memory of Hopper."""
     is_known = query.dtype is torch.bfloat16 and query.shape[2] in HEAD_DIMS
+    is_known &= kv.block_size % PLACED == 0
     return is_known and query.is_cuda and _has_room(query.device.index)
 
 
@@ -107,7 +109,7 @@ def _attend(
     # neither the queries that a block holds nor the blocks that share a head change a sum
     num_queries = -(-num_rows // num_seqs) * (num_heads // num_kv)
     tiles = 1 if num_queries <= QUERIES else 2
-    cluster = _cluster(num_seqs * num_kv, tiles, device.index)
+    cluster, unit, stages = _cut(head_dim, tiles, num_seqs * num_kv, device.index)
     function = kernel(
         "attention.cu",
         "attend",
@@ -117,6 +119,8 @@ def _attend(
         BLOCK_SIZE=kv.block_size,
         MT=tiles,
         CLUSTER=cluster,
+        UNIT=unit,
+        STAGES=stages,
         ROTATE=int(angles is not None),
         GROUP=group,
         TOP=top,
@@ -128,34 +132,45 @@ def _attend(
         out = Quantized.empty(num_rows, num_heads * head_dim, activation, device)
     cos, sin = angles if angles is not None else (None, None)
     strides = [0 if x is None else x.stride(0) for x in (query, keys, values)]
+    tables = rows.block_tables
     args = [
         query, keys, values, *strides, cos, sin, kv.keys, kv.values, *targets(out),
-        rows.positions, rows.slots, rows.cu_rows, rows.contexts, rows.block_tables,
-        rows.block_tables.stride(0), head_dim**-0.5,
+        rows.positions, rows.slots, rows.cu_rows, rows.contexts,
+        tables, tables.stride(0), tables.shape[1], head_dim**-0.5,
     ]  # fmt: skip
-    smem = _shared_bytes(head_dim, tiles * QUERIES, cluster)
+    smem = _shared_bytes(head_dim, tiles, cluster, unit * stages)
     grid = (cluster, num_kv, num_seqs)
-    function.launch(grid, THREADS, args, smem=smem, cluster=cluster, pdl=can_overlap())
+    threads = 32 * WARPS * tiles
+    function.launch(grid, threads, args, smem=smem, cluster=cluster, pdl=can_overlap())
     return out
 
 
 @cache
-def _cluster(num_heads: int, tiles: int, device: int) -> int:
-    """Blocks that share a head: as many as multiprocessors are there for, and as fit."""
-    sizes = [size for size in (8, 4, 2, 1) if num_heads * size <= num_multiprocessors(device)]
-    return max(sizes[0] if sizes else 1, tiles)
+def _cut(head_dim: int, tiles: int, num_heads: int, device: int) -> tuple[int, int, int]:
+    """Blocks that share a KV head, keys of a unit, and units that a lane keeps.
+
+    As many blocks as there are multiprocessors for; with several on one, two of one tile of queries
+    fit, as their registers do.
+    """
+    room = num_multiprocessors(device)
+    cluster = next((size for size in CLUSTERS if num_heads * size <= room), CLUSTERS[-1])
+    is_alone = tiles > 1 or num_heads * cluster <= room
+    most = SMEM_PER_BLOCK if is_alone else SMEM_PER_SM // 2 - 1024
+    unit = 16 if cluster == 1 else 32
+    sizes = range(MOST_STAGES, 2, -1)
+    stages = (n for n in sizes if _shared_bytes(head_dim, tiles, cluster, n * unit) <= most)
+    return cluster, unit, next(stages)
 
 
-def _shared_bytes(head_dim: int, queries: int, cluster: int) -> int:
-    """sizeof(Shared) of attention.cu."""
-    slots = LANES // cluster
-    halves = queries * (head_dim + 8 + CHUNK + 8) + 2 * STAGES * CHUNK * (head_dim + 8)
-    floats = queries * (slots * (head_dim + 4 + 2) + 2 * WARPS + 1)
-    return 2 * halves + 4 * floats
+def _shared_bytes(head_dim: int, tiles: int, cluster: int, keys: int) -> int:
+    """sizeof(Shared) of attention.cu, whose lanes keep so many keys or values."""
+    own, queries, pitch = LANES // cluster, QUERIES * tiles, 2 * (head_dim + 8)
+    ring, result = own * keys * pitch, own * queries * (head_dim + 4) * 4
+    return queries * pitch + own * queries * 8 + max(ring, result)
 
 
 @cache
 def _has_room(device: int) -> bool:
-    """Whether blocks of a cluster may be as large as the largest of ours."""
+    """Whether the GPU has clusters, and blocks as large as the largest of ours."""
     properties: Any = torch.cuda.get_device_properties(device)
-    return can_overlap() and properties.shared_memory_per_block_optin >= LARGEST_BLOCK
+    return can_overlap() and properties.shared_memory_per_block_optin >= SMEM_PER_BLOCK

@@ -5,6 +5,7 @@
 // written in bf16); HAS_DELTA; WEIGHT_FLOAT: the norm's weight is float32, else bf16.
 
 #include "ptx.cuh"
+#include "quantize.cuh"
 
 #define VECTORS (WIDTH / 8)
 #define ROUNDS ((VECTORS + THREADS - 1) / THREADS)
@@ -40,13 +41,12 @@ DEVICE void write(const float (&exact)[8], int at, i64 row, u16* out, u8* codes,
 #pragma unroll
   for (int step = 1; step < GROUP / 8; step <<= 1)
     top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-  const float scale = __fdiv_rn(top, (float)TOP);
-  const float divisor = fmaxf(scale, 1.1754943508222875e-38f);
+  const Scale scale(top);
   u32 words[2] = {0, 0};
   int sum = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    const int code = max(-TOP, min(TOP, __float2int_rn(__fdiv_rn(x[i], divisor))));
+    const int code = scale.code(x[i]);
     words[i / 4] |= (u32)(code & 255) << (i % 4 * 8);
     sum += code;
   }
@@ -60,7 +60,7 @@ DEVICE void write(const float (&exact)[8], int at, i64 row, u16* out, u8* codes,
     *(uint2*)(codes + row * WIDTH + at * 8) =
         make_uint2(permute(first, second, 0x5140), permute(first, second, 0x7362));
     if (at % (GROUP / 8) == 0)
-      meta[(i64)(at / (GROUP / 8)) * pitch + row] = make_int2(__float_as_int(scale), sum);
+      meta[(i64)(at / (GROUP / 8)) * pitch + row] = make_int2(__float_as_int(scale.value), sum);
   }
 #else
   if (at < VECTORS) *(uint4*)(out + row * WIDTH + at * 8) = rounded;
@@ -73,8 +73,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int thread = threadIdx.x;
   const i64 row = blockIdx.x;
   const u16* from = x + row / num_heads * stride + row % num_heads * WIDTH;
-  float values[ROUNDS][8], sum = 0.f;
+  float values[ROUNDS][8], scale[ROUNDS][8] = {}, sum = 0.f;
   launch_dependents();
+  // no kernel writes weights: they come while the kernel before this one still runs
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+    const int at = round * THREADS + thread;
+    if (at < VECTORS) {
+#if WEIGHT_FLOAT
+      *(float4*)scale[round] = ((const float4*)weight)[at * 2];
+      *(float4*)(scale[round] + 4) = ((const float4*)weight)[at * 2 + 1];
+#else
+      unpack(((const uint4*)weight)[at], scale[round]);
+#endif
+    }
+  }
   wait_for_earlier_kernels();
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
@@ -111,18 +124,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
     const int at = round * THREADS + thread;
-    float normed[8], scale[8] = {};
-    if (at < VECTORS) {
-#if WEIGHT_FLOAT
-      *(float4*)scale = ((const float4*)weight)[at * 2];
-      *(float4*)(scale + 4) = ((const float4*)weight)[at * 2 + 1];
-#else
-      unpack(((const uint4*)weight)[at], scale);
-#endif
-    }
+    float normed[8];
 #pragma unroll
     for (int i = 0; i < 8; i++)
-      normed[i] = __fmul_rn(__fmul_rn(values[round][i], factor), scale[i]);
+      normed[i] = __fmul_rn(__fmul_rn(values[round][i], factor), scale[round][i]);
     write(normed, at, row, out, codes, meta, pitch);
   }
 }
@@ -140,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     unpack(*(const uint4*)(gate_up + row * 2 * WIDTH + WIDTH + at * 8), up);
 #pragma unroll
     for (int i = 0; i < 8; i++)
-      product[i] = __fmul_rn(__fdiv_rn(gate[i], 1.f + expf(-gate[i])), up[i]);
+      product[i] = __fmul_rn(__fdividef(gate[i], 1.f + __expf(-gate[i])), up[i]);  // to 2 ulp
   }
   write(product, at, row, out, codes, meta, pitch);
 }
