@@ -1,11 +1,12 @@
 # make demo    install, then watch a model answer and compare it with plain decoding
 # make test    format, lint, types and every test but the soak tests
-# make soak    the slow tests
+# make soak    the slow tests, some twenty minutes
+# make load    those of them that put the engine and the server under load, some minutes
 # make sanitize  kernel tests under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak sanitize format clean
+.PHONY: demo test soak load sanitize format clean
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One stamp for the environment: a second run installs nothing, unless the kernels changed.
@@ -28,6 +29,9 @@ test: .venv/.installed
 
 soak: .venv/.installed
 	$(BIN)/pytest -q -m soak
+
+load: .venv/.installed
+	$(BIN)/pytest -q -m soak tests/server/test_robust.py tests/engine/test_scheduler.py
 
 # An environment of its own, which sees the packages of the other one but not its editable install.
 SANITIZED := build/sanitized

@@ -23,6 +23,7 @@ from qspec_llm.quantize.text import encode, read_samples
 from qspec_llm.tokenizer import HFTokenizer
 from qspec_llm.weights.checkpoint import open_checkpoint
 from qspec_llm.weights.lora import merge
+from qspec_llm.weights.quantize import Target
 from qspec_llm.weights.view import Activation
 
 __all__ = ["run"]
@@ -46,6 +47,13 @@ def run(args: argparse.Namespace) -> None:
         rotate=args.rotate,
         asymmetric=args.asymmetric,
     )
+    has_codes = checkpoint.kind == "gguf" and resolve_target("auto", checkpoint) is Target.INT4
+    if options.target is Target.INT4 and has_codes:
+        print(
+            f"qspec: note: {path.name} has 4-bit codes of its own, which are dequantised and "
+            "chosen anew; without `qspec quantize` they are used as they are",
+            file=sys.stderr,
+        )
     tokenizer = HFTokenizer(path)
     text = encode(read_samples(args.calibration), tokenizer, args.calibration_tokens)
     with progress_bar(is_long=True) as bar:

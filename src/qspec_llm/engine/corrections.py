@@ -16,7 +16,7 @@ __all__ = ["Corrections", "Shape", "draft_shape", "verify_shape"]
 
 Shape = tuple[str, ...]  # from the general to the special: ("verify", "drafted", "3 4")
 
-KEPT = 15  # steps of a shape
+KEPT = 9  # steps of a shape: the odd one does not count, and the first ones are soon forgotten
 DOUBT = 2  # steps of a shape that the factor of its kind counts for
 STALE_AFTER = 1000  # cycles: the machine may have changed
 
