@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qspec_llm.engine.engine import Engine
+from qspec_llm.engine.engine import MAX_ROWS, Engine
 from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner
@@ -20,7 +20,7 @@ from qspec_llm.kv.pool import allocate
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.weights.view import View
 
-__all__ = ["SyntheticRun", "synthetic_decode"]
+__all__ = ["SyntheticRun", "synthetic_decode", "tokens_before"]
 
 WARM_UP_STEPS = 4  # graphs are captured in the first ones
 
@@ -50,6 +50,11 @@ class _NoText:
         return None
 
 
+def tokens_before(batch: int, context: int, gamma: int) -> int:
+    """Most tokens that the first request makes before all prompts are read and the clock starts."""
+    return (gamma + 1) * (-(-batch * context // (MAX_ROWS - batch * (gamma + 1))) + WARM_UP_STEPS)
+
+
 def synthetic_decode(
     decoder: Decoder,
     view: View,
@@ -68,9 +73,10 @@ def synthetic_decode(
         batch: requests that run at once.
         gamma: tokens drafted in each cycle.
         context: tokens of each prompt.
-        num_tokens: tokens of each answer.
+        num_tokens: tokens of each answer while the clock runs, or a few less.
         chance: of a draft to stand.
     """
+    num_tokens += tokens_before(batch, context, gamma)
     num_blocks = batch * (blocks_for(context + num_tokens) + 2)
     kv = allocate(decoder.config, num_blocks, decoder.dtype, decoder.ops.device)
     graphs = graphs_of(decoder, kv, view, batch, chance)

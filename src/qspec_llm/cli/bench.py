@@ -300,7 +300,9 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
             argparse.Namespace(**{**vars(args), "targets": [target]}),
             checkpoint,
             read_config(checkpoint),
-            args.context + args.max_tokens,
+            args.context
+            + args.max_tokens
+            + synthetic.tokens_before(max(args.batches), args.context, args.gamma),
         )
         for batch in args.batches:
             plain, again, drafted = (

@@ -6,17 +6,17 @@
 // order. So which keys meet in which order depends on their positions alone, and keys beyond a query
 // change nothing: its result is the same whatever is computed with it.
 //
-// A lane is the work of a team of warps that needs no other one until the merge. Each warp of a team
-// computes all scores of a chunk for its 16 queries, and of the result the columns that are its share:
-// who else shares a lane, or how many lanes a block has, changes no sum. A cluster of CLUSTER blocks
-// holds the lanes of one KV head of one sequence and merges them through its shared memory, for QUERIES
-// queries at a time (rows times the query heads that share the KV head). Keys and values come in units
-// of UNIT keys, STAGES of which a lane keeps in shared memory or on their way.
+// A lane is the work of a team of warps that needs no other one until the merge. Of a unit of keys each
+// warp of a team computes the scores of 16, of the result the columns that are its share; it reads all
+// scores of its queries. Who else shares a lane, or how many lanes a block has, changes no sum. A
+// cluster of CLUSTER blocks holds the lanes of one KV head of one sequence and merges them through its
+// shared memory, for QUERIES queries at a time (rows times the query heads that share the KV head). A
+// lane keeps STAGES units of keys or values in shared memory or on their way.
 //
 // Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE, a multiple of 16; MT: QUERIES = 16 MT;
-// CLUSTER 1, 2, 4 or 8; UNIT 16 or 32; STAGES; ROTATE 1: q, k, v come unrotated, and keys from the
-// first row's position on come from them; 0: q is ready and every key is in the cache; GROUP 0, 32 or
-// 64 and TOP: how the result is quantised.
+// CLUSTER 1, 2, 4 or 8; STAGES; ROTATE 1: q, k, v come unrotated, and keys from the first row's
+// position on come from them; 0: q is ready and every key is in the cache; GROUP 0, 32 or 64 and TOP:
+// how the result is quantised.
 
 #include "ptx.cuh"
 #include "quantize.cuh"
@@ -37,9 +37,10 @@
 #define ROWS (32 * TEAM / PIECES)  // that a team copies at a time
 #define COLS (HEAD / SHARES)       // of the result, for a warp
 #define PART 64                    // columns of the result that a warp merges
-#define KEY_UNITS (CHUNK / UNIT)   // of a chunk; as many units of values follow them
-#define UNITS (2 * KEY_UNITS)
-#define TILES (UNIT / 8)  // of scores that a unit of keys gives
+#define UNIT (16 * SHARES)         // keys, or values: half a chunk or whole ones
+#define HALVES (SHARES == 1 ? 2 : 1)
+#define SPAN (UNIT * HALVES / CHUNK)  // chunks whose keys come in HALVES units, and then their values
+#define SCORES (UNIT + 8)             // pitch of scores that warps exchange
 #define LOG2E 1.4426950408889634f
 #define INFINITE __int_as_float(0x7f800000)
 #define ONES 0x3F803F80u  // two of bf16
@@ -81,6 +82,9 @@ typedef u16 Unit[UNIT][PITCH];  // keys or values
 struct Shared {
   u16 queries[QUERIES][PITCH];
   float tops[OWN][QUERIES], sums[OWN][QUERIES];  // other blocks read them, and the result
+#if SHARES > 1
+  float scores[OWN][QUERIES][SCORES];
+#endif
   union {
     Unit ring[OWN][STAGES];
     float result[OWN][QUERIES][HEAD + 4];  // once the block needs no more keys
@@ -193,7 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
   const int first_position = (int)positions[first];
   const int fresh = ROTATE ? first_position : context;  // later keys are in k and v
   const int num_chunks = (context + CHUNK - 1) / CHUNK;
-  const int num_units = (num_chunks - stream + LANES - 1) / LANES * UNITS;
+  const int num_mine = (num_chunks - stream + LANES - 1) / LANES;  // of the stream
+  const int num_units = (num_mine + SPAN - 1) / SPAN * (2 * HALVES);
   const float factor = __fmul_rn(scale, LOG2E);
   const int mate_row = mate / PIECES, mate_col = mate % PIECES * 8;
 
@@ -201,35 +206,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
   // here, and written to their slots with their values.
   const auto fetch = [&](int unit) {
     if (unit < num_units) {
-      const int chunk = unit / UNITS, half = unit % KEY_UNITS;
-      const bool is_value = unit % UNITS >= KEY_UNITS;
-      if (unit % (16 * UNITS) == 0 && unit) places = places_from(chunk);
-      const int low = (stream + chunk * LANES) * CHUNK + half * UNIT;
+      const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
+      const bool is_value = unit / HALVES % 2;
+      if (chunk % 16 == 0 && unit % (2 * HALVES) == 0 && unit) places = places_from(chunk);
       Unit& room = sh.ring[team][unit % STAGES];
       const u32 to = smem_address(&room[mate_row][mate_col]);
       const u16* const cache = is_value ? value_cache : key_cache;
 #pragma unroll
       for (int n = 0; n < UNIT; n += ROWS) {
-        const int row = n + mate_row, key = low + row;
-        const int source = chunk % 16 * 2 + (half * UNIT + row) / PLACED;
-        const int slot = __shfl_sync(~0u, places, source) + row % PLACED;
+        const int at = half * UNIT + n + mate_row;  // of the span's keys
+        const int key = (stream + (chunk + at / CHUNK) * LANES) * CHUNK + at % CHUNK;
+        const int slot = __shfl_sync(~0u, places, chunk % 16 * 2 + at / PLACED) + at % PLACED;
         const u16* from = cache + ((i64)slot * NUM_KV + kv_head) * HEAD + mate_col;
         const bool is_inside = key < context, is_new = ROTATE && key >= fresh && is_inside;
         if (is_new) from = v + (first + key - fresh) * v_stride + kv_head * HEAD + mate_col;
-        if ((ROWS <= UNIT || row < UNIT) && (is_value || !is_new))
-          copy_or_zero(to + n * PITCH * 2, from, is_inside);
+        if (is_value || !is_new) copy_or_zero(to + n * PITCH * 2, from, is_inside);
       }
 #if ROTATE
-      const int new_low = max(low, fresh), new_high = min(low + UNIT, context);
+      // what is new are the context's last keys; those of this unit are few, if any
+      const int unit_low = (stream + chunk * LANES) * CHUNK + half * UNIT;
+      const int unit_high = unit_low + (HALVES == 1 ? (SPAN - 1) * LANES * CHUNK + CHUNK : UNIT);
+      const int new_low = max(unit_low, fresh), new_high = min(unit_high, context);
       for (int i = mate; !is_value && i < (new_high - new_low) * HALF; i += 32 * TEAM) {
         const int key = new_low + i / HALF, pair = i % HALF;
+        if (key / CHUNK % LANES != stream) continue;  // another lane's, between two chunks of the span
+        const int n = key / CHUNK / LANES % SPAN * CHUNK + (key - half * UNIT) % CHUNK;
         const i64 row = first + key - fresh, slot = slots[row];
         const u16* from = k + row * k_stride + kv_head * HEAD + pair;
         const u32 value = *(const u32*)(v + row * v_stride + kv_head * HEAD + 2 * pair);
         const u32 turned = rotated_pair(from[0], from[HALF], cosines[(i64)key * HALF + pair],
                                         sines[(i64)key * HALF + pair]);
-        room[key - low][pair] = (u16)turned;
-        room[key - low][pair + HALF] = (u16)(turned >> 16);
+        room[n][pair] = (u16)turned;
+        room[n][pair + HALF] = (u16)(turned >> 16);
         if (slot >= 0) {
           const i64 at = (slot * NUM_KV + kv_head) * HEAD;
           key_cache[at + pair] = (u16)turned;
@@ -284,33 +292,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
     const u32 queries = smem_address(&sh.queries[tile * 16 + (lane & 15)][(lane >> 4) * 8]);
     const int key_row = (lane & 7) + (lane >> 4) * 8, key_col = (lane >> 3 & 1) * 8;
 
-#if SHARES >= 4  // few columns leave registers for the queries
-    u32 kept[HEAD / 16][4];
-#pragma unroll
-    for (int step = 0; step < HEAD / 16; step++) load_matrices(kept[step], queries + step * 32);
-#endif
-
     float scores[CHUNK / 8][4];
     u32 weights[CHUNK / 8][2];
-    // scores of a unit of keys
-    const auto score = [&](int half, u32 keys) {
+    // scores of 16 keys
+    const auto score = [&](float (&low)[4], float (&high)[4], u32 keys) {
 #pragma unroll
-      for (int i = 0; i < TILES * 4; i++) scores[half * TILES + i / 4][i % 4] = 0.f;
+      for (int i = 0; i < 4; i++) low[i] = high[i] = 0.f;
 #pragma unroll
       for (int step = 0; step < HEAD / 16; step++) {
-#if SHARES >= 4
-        const u32(&a)[4] = kept[step];
-#else
-        u32 a[4];
+        u32 a[4], b[4];
         load_matrices(a, queries + step * 32);
-#endif
-#pragma unroll
-        for (int i = 0; i < TILES; i += 2) {
-          u32 b[4];
-          load_matrices(b, keys + i * 8 * PITCH * 2 + step * 32);
-          mma_bf16(scores[half * TILES + i], a, b[0], b[1]);
-          mma_bf16(scores[half * TILES + i + 1], a, b[2], b[3]);
-        }
+        load_matrices(b, keys + step * 32);
+        mma_bf16(low, a, b[0], b[1]);
+        mma_bf16(high, a, b[2], b[3]);
       }
     };
     // weights of a chunk of keys from their scores
@@ -343,27 +337,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
         }
       }
     };
-    // a unit of weighted values
+    // 16 weighted values
     const auto add = [&](int half, u32 values) {
-#pragma unroll
-      for (int step = 0; step < UNIT / 16; step++) {
-        const int i = half * TILES + step * 2;
-        const u32 a[4] = {weights[i][0], weights[i][1], weights[i + 1][0], weights[i + 1][1]};
+      const u32 a[4] = {weights[half * 2][0], weights[half * 2][1], weights[half * 2 + 1][0],
+                        weights[half * 2 + 1][1]};
 #if COLS == 8
-        u32 b[2];
-        load_transposed(b, values + step * 16 * PITCH * 2);
-        mma_bf16(total[0], a, b[0], b[1]);
+      u32 b[2];
+      load_transposed(b, values);
+      mma_bf16(total[0], a, b[0], b[1]);
 #else
 #pragma unroll
-        for (int col = 0; col < COLS / 16; col++) {
-          u32 b[4];
-          load_transposed(b, values + step * 16 * PITCH * 2 + col * 32);
-          mma_bf16(total[col * 2], a, b[0], b[1]);
-          mma_bf16(total[col * 2 + 1], a, b[2], b[3]);
-        }
-#endif
-        mma_bf16(sums, a, ONES, ONES);
+      for (int col = 0; col < COLS / 16; col++) {
+        u32 b[4];
+        load_transposed(b, values + col * 32);
+        mma_bf16(total[col * 2], a, b[0], b[1]);
+        mma_bf16(total[col * 2 + 1], a, b[2], b[3]);
       }
+#endif
+      mma_bf16(sums, a, ONES, ONES);
     };
 
 #pragma unroll 1
@@ -372,25 +363,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
       meet_team(team);
       fetch(unit + STAGES - 1);  // where the unit before this one was
       Unit& room = sh.ring[team][unit % STAGES];
-      const u32 keys = smem_address(&room[key_row][key_col]);
+      const int chunk = unit / (2 * HALVES) * SPAN;
       const u32 values = smem_address(&room[lane & 15][share * COLS + (COLS > 8) * (lane >> 4) * 8]);
-      const int low = (stream + unit / UNITS * LANES) * CHUNK;
-#if KEY_UNITS == 1
-      if (unit % 2 == 0) {
-        score(0, keys);
-        weigh(low);
-      } else {
-        add(0, values);
-      }
-#else
-      switch (unit % UNITS) {
-        case 0: score(0, keys); break;
+#if SHARES == 1
+      const u32 keys = smem_address(&room[key_row][key_col]);
+      switch (unit % 4) {
+        case 0: score(scores[0], scores[1], keys); break;
         case 1:
-          score(1, keys);
-          weigh(low);
+          score(scores[2], scores[3], keys);
+          weigh((stream + chunk * LANES) * CHUNK);
           break;
         case 2: add(0, values); break;
         default: add(1, values);
+      }
+#else
+      float* mine = &sh.scores[team][tile * 16 + g][2 * t];
+      if (unit % 2 == 0) {  // each warp the scores of 16 keys; the next turn's meeting is theirs too
+        score(scores[0], scores[1], smem_address(&room[share * 16 + key_row][key_col]));
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          *(float2*)(mine + i / 2 * 8 * SCORES + share * 16 + i % 2 * 8) =
+              make_float2(scores[i % 2][i / 2 * 2], scores[i % 2][i / 2 * 2 + 1]);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < SPAN && chunk + i < num_mine; i++) {
+#pragma unroll
+          for (int j = 0; j < CHUNK / 4; j++) {
+            const float2 pair = *(const float2*)(mine + j / 4 * 8 * SCORES + i * CHUNK + j % 4 * 8);
+            scores[j % 4][j / 4 * 2] = pair.x;
+            scores[j % 4][j / 4 * 2 + 1] = pair.y;
+          }
+          weigh((stream + (chunk + i) * LANES) * CHUNK);
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            add(half, values + (i * CHUNK + half * 16) * PITCH * 2);
+        }
       }
 #endif
     }

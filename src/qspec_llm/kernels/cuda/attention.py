@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.compile import kernel, num_multiprocessors
+from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.rows import targets
 from qspec_llm.kernels.triton import attention as by_triton
 from qspec_llm.kernels.triton.launch import can_overlap
@@ -109,7 +109,7 @@ def _attend(
     # neither the queries that a block holds nor the blocks that share a head change a sum
     num_queries = -(-num_rows // num_seqs) * (num_heads // num_kv)
     tiles = 1 if num_queries <= QUERIES else 2
-    cluster, unit, stages = _cut(head_dim, tiles, num_seqs * num_kv, device.index)
+    cluster, stages = _cut(head_dim, tiles, num_seqs * num_kv, device.index)
     function = kernel(
         "attention.cu",
         "attend",
@@ -119,7 +119,6 @@ def _attend(
         BLOCK_SIZE=kv.block_size,
         MT=tiles,
         CLUSTER=cluster,
-        UNIT=unit,
         STAGES=stages,
         ROTATE=int(angles is not None),
         GROUP=group,
@@ -138,7 +137,7 @@ def _attend(
         rows.positions, rows.slots, rows.cu_rows, rows.contexts,
         tables, tables.stride(0), tables.shape[1], head_dim**-0.5,
     ]  # fmt: skip
-    smem = _shared_bytes(head_dim, tiles, cluster, unit * stages)
+    smem = _shared_bytes(head_dim, tiles, cluster, stages)
     grid = (cluster, num_kv, num_seqs)
     threads = 32 * WARPS * tiles
     function.launch(grid, threads, args, smem=smem, cluster=cluster, pdl=can_overlap())
@@ -146,27 +145,30 @@ def _attend(
 
 
 @cache
-def _cut(head_dim: int, tiles: int, num_heads: int, device: int) -> tuple[int, int, int]:
-    """Blocks that share a KV head, keys of a unit, and units that a lane keeps.
+def _cut(head_dim: int, tiles: int, num_heads: int, device: int) -> tuple[int, int]:
+    """Blocks that share a KV head, and units that a lane keeps.
 
     As many blocks as there are multiprocessors for; with several on one, two of one tile of queries
-    fit, as their registers do.
+    fit, as their registers do. A cluster of 4 or 8 has to find room within one of the parts that a
+    GPU is built of, whose multiprocessors it seldom uses up: 30 clusters of 4 run at once on 132.
     """
     room = num_multiprocessors(device)
-    cluster = next((size for size in CLUSTERS if num_heads * size <= room), CLUSTERS[-1])
+    fits = (size for size in CLUSTERS if num_heads * size <= room * (1 if size <= 2 else 7 / 8))
+    cluster = next(fits, CLUSTERS[-1])
     is_alone = tiles > 1 or num_heads * cluster <= room
     most = SMEM_PER_BLOCK if is_alone else SMEM_PER_SM // 2 - 1024
-    unit = 16 if cluster == 1 else 32
     sizes = range(MOST_STAGES, 2, -1)
-    stages = (n for n in sizes if _shared_bytes(head_dim, tiles, cluster, n * unit) <= most)
-    return cluster, unit, next(stages)
+    stages = next(n for n in sizes if _shared_bytes(head_dim, tiles, cluster, n) <= most)
+    return cluster, stages
 
 
-def _shared_bytes(head_dim: int, tiles: int, cluster: int, keys: int) -> int:
-    """sizeof(Shared) of attention.cu, whose lanes keep so many keys or values."""
+def _shared_bytes(head_dim: int, tiles: int, cluster: int, stages: int) -> int:
+    """sizeof(Shared) of attention.cu."""
     own, queries, pitch = LANES // cluster, QUERIES * tiles, 2 * (head_dim + 8)
-    ring, result = own * keys * pitch, own * queries * (head_dim + 4) * 4
-    return queries * pitch + own * queries * 8 + max(ring, result)
+    unit = 16 * (8 // own)  # keys
+    ring, result = own * stages * unit * pitch, own * queries * (head_dim + 4) * 4
+    scores = own * queries * (unit + 8) * 4 if own < 8 else 0
+    return queries * pitch + own * queries * 8 + scores + max(ring, result)
 
 
 @cache

@@ -441,13 +441,21 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     }
 #endif
     settle(a[0]), settle(a[1]);
+#if BITS
     if (pair % 2) next.load_half(raw, is_there, h);
+#endif
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       wgmma_bf16<true>(acc, a[i], tile.x + (h * (X_BYTES / 2) + (pair % 2 * 2 + i) * 32) / 16);
     }
     wgmma_commit();
+#if !BITS
+    if (pair % 2) {
+      wgmma_wait<0>();  // these products read the very registers that the load writes
+      next.load_half(raw, is_there, h);
+    }
+#endif
   }
   wgmma_wait<0>();
   hold(acc);
