@@ -2,7 +2,7 @@
 // The weights' form is in tile.cuh; here BITS is that of the verify view.
 
 #define EVERY_SIGN
-#include "tile.cuh"
+#include "decode.cuh"
 
 // The weight of one row and column of a tile, at full precision.
 DEVICE float weight_at(const u8* base, const u8* rest, int row, int column) {
@@ -71,53 +71,67 @@ extern "C" __global__ void __launch_bounds__(128)
   launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int col_tile = blockIdx.x * 4 + warp, row_tile = first + blockIdx.y;
-  if (col_tile < num_col_tiles) {
-    const size_t tile = (size_t)row_tile * num_col_tiles + col_tile;
-    const u8* from = base + tile * BASE_BYTES;
-    const u8* more = rest + tile * REST_BYTES;
+  if (col_tile >= num_col_tiles) return;
+  const size_t tile = (size_t)row_tile * num_col_tiles + col_tile;
+  const u8* from = base + tile * BASE_BYTES;
+  const u8* more = rest + tile * REST_BYTES;
+  uint4 pieces[2][4];  // all loads are under way before the first is used
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-#if BITS == 16
-      const uint4 w = *(const uint4*)(from + nibbles_at(h) + lane * 16);
-      const uint4 e = *(const uint4*)(more + nibbles_at(h) + lane * 16);
-      const uint4 f0 = *(const uint4*)(more + bytes_at(h, 0) + lane * 16);
-      const uint4 f1 = *(const uint4*)(more + bytes_at(h, 1) + lane * 16);
-      const u32 codes[4] = {w.x, w.y, w.z, w.w}, r4[4] = {e.x, e.y, e.z, e.w};
-      const u32 r8[4][2] = {{f0.x, f0.y}, {f0.z, f0.w}, {f1.x, f1.y}, {f1.z, f1.w}};
-#endif
+  for (int h = 0; h < 2; h++) {
+#if BITS == 0
 #pragma unroll
-      for (int step = 0; step < 4; step++) {
-        u32 a[4];
-#if BITS == 16
-        u32 scale[2], half[2];
-        const int group = (h * 64 + step * 16) / GROUP;
-#pragma unroll
-        for (int upper = 0; upper < 2; upper++) {
-          anchor_factors(scale[upper], half[upper],
-                         *(const u16*)(from + scale_at(group, g + 8 * upper, 0)));
-        }
-        exact_of(a, codes[step], r4[step], r8[step], scale, half);
-#elif BITS == 0
-        const uint4 w = *(const uint4*)(from + dense_at(h, step) + lane * 16);
-        a[0] = w.x, a[1] = w.y, a[2] = w.z, a[3] = w.w;
+    for (int i = 0; i < 4; i++) pieces[h][i] = load_once(from + dense_at(h, i) + lane * 16);
 #else
+    pieces[h][0] = load_once(from + nibbles_at(h) + lane * 16);
+    pieces[h][1] = pieces[h][2] = pieces[h][3] = make_uint4(0, 0, 0, 0);
+#if BITS != 4
+    pieces[h][1] = load_once(more + nibbles_at(h) + lane * 16);
+#endif
+#if BITS == 16
+    pieces[h][2] = load_once(more + bytes_at(h, 0) + lane * 16);
+    pieces[h][3] = load_once(more + bytes_at(h, 1) + lane * 16);
+#endif
+#endif
+  }
+#if BITS
+  Factors factors[GROUPS_PER_TILE];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int row = g + 8 * (i & 1), column = h * 64 + step * 16 + 2 * t + 8 * (i >> 1);
-          a[i] = float_to_bf16(weight_at(from, more, row, column)) |
-                 float_to_bf16(weight_at(from, more, row, column + 1)) << 16;
-        }
+  for (int group = 0; group < GROUPS_PER_TILE; group++) {
+    u32 scales[2], offsets[2] = {0, 0};
+#pragma unroll
+    for (int upper = 0; upper < 2; upper++) {
+      scales[upper] = load_once_u16(from + scale_at(group, g + 8 * upper, 0));
+#if OFFSET
+      offsets[upper] = load_once_u16(from + scale_at(group, g + 8 * upper, 1));
+#endif
+    }
+    factors[group] = factors_of(scales, offsets);
+  }
 #endif
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          words[warp][g + 8 * (i & 1)][h * 32 + step * 8 + t + 4 * (i >> 1)] = a[i];
-        }
+  for (int h = 0; h < 2; h++) {
+    const uint4 w = pieces[h][0], e = pieces[h][1];
+    const u32 codes[4] = {w.x, w.y, w.z, w.w}, r4[4] = {e.x, e.y, e.z, e.w};
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      u32 a[4];
+#if BITS
+      const uint4 f = pieces[h][2 + step / 2];
+      const u32 fine[2] = {step % 2 ? f.z : f.x, step % 2 ? f.w : f.y};
+      weights_of(a, codes[step], r4[step], fine, factors[(h * 64 + step * 16) / GROUP]);
+#else
+      const uint4 d = pieces[h][step];
+      a[0] = d.x, a[1] = d.y, a[2] = d.z, a[3] = d.w;
+#endif
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        words[warp][g + 8 * (i & 1)][h * 32 + step * 8 + t + 4 * (i >> 1)] = a[i];
       }
     }
   }
   wait_for_earlier_kernels();
   __syncwarp();
-  if (col_tile >= num_col_tiles) return;
+#pragma unroll
   for (int i = lane; i < TILE_ROWS * 16; i += 32) {
     const int row = i / 16, chunk = i % 16;
     const uint4 v = *(const uint4*)&words[warp][row][chunk * 4];
