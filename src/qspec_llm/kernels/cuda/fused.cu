@@ -2,17 +2,20 @@
 //
 // A thread block multiplies 128 rows of weights with NT * 8 tokens over one range of the columns. One
 // warp copies tiles of weights as they lie in memory, another x in pieces of 64 columns, into rings in
-// shared memory; two warpgroups decode 64 rows each to bf16 and hand them to warpgroup products as operand A.
-// Each works on the next columns while its products are under way, and the tensor cores always have
-// products of one or the other. CLUSTER neighbours with other rows and the same tokens fetch a share of
-// x each, for all of them.
+// shared memory; two warpgroups decode 64 rows each to bf16 and hand them to warpgroup products as
+// operand A. Each works on the next columns while its products are under way, and the tensor cores have
+// products of one or the other.
+//
+// Thread blocks form clusters of two. Where the columns are one range, they have other rows and the same
+// tokens, and fetch half of x each, for both. Where there are two ranges, each has one, and they send
+// each other half of their sums.
 //
 // The order of a sum depends on the matrix alone: a range is summed from 0 in the order of its columns;
-// sums of ranges 2 i and 2 i + 1 are added, then such sums, and so on. An addition of two gives the same
-// bits either way round, so whoever comes second adds.
+// the sums of two ranges are added, which gives the same bits either way round.
 //
-// Further compile-time parameters (the weights' form is in tile.cuh), which change no sum:
-//   NT  tiles of 8 tokens: 8, 16, 24 or 32      CLUSTER  thread blocks that share x: 1, 2 or 4
+// Further compile-time parameters (the weights' form is in tile.cuh):
+//   NT      tiles of 8 tokens: 8, 16, 24 or 32; changes no sum
+//   RANGES  of columns, 1 or 2
 
 #include "decode.cuh"
 #include "wgmma.cuh"
@@ -25,17 +28,29 @@
 #define REST_PLACE (WARPS * BASE_BYTES)
 #define WEIGHT_BYTES (WARPS * (BASE_BYTES + REST_BYTES))
 #define MAX_SLOTS 8
-#define OUT_PITCH (WARPS * TILE_ROWS * 2 + 16)  // bytes of a token's results, past bank conflicts
+#define CLUSTER 2
+#define SHARERS (CLUSTER / RANGES)        // of x
+#define OUT_WARPS (WARPS / RANGES)        // that store results
+#define OUT_PITCH (OUT_WARPS * 32 + 16)   // bytes of a token's results, past bank conflicts
+
+// Copies of exact weights into shared memory and back take more of its bandwidth than x and the products
+// leave, so a warp loads those from memory into registers, a tile ahead.
+#define IS_STREAMED (BITS == 16)
+#define PREFETCHED 2  // tiles of streamed weights that go to the L2 before the x that they multiply
+
+#if BITS == 0 || BITS == 16
+#define PIECES 4  // of 16 bytes, a lane and half tile
+#else
+#define PIECES (BITS / 4)
+#endif
 
 struct Problem {
   const u8* base;  // [row tiles][column tiles][BASE_BYTES]
   const u8* rest;  // [row tiles][column tiles][REST_BYTES]
   const u8* bias;
   u8* out;
-  float4* parts;  // [block of rows and tokens][num_ranges - 1][NT][CONSUMERS]
-  u32* meetings;  // [block of rows and tokens][num_ranges - 1][2]: who came, what is there; 0 between launches
   int num_tokens, num_rows, num_row_tiles, num_col_tiles;
-  int num_token_blocks, num_ranges;
+  int num_token_blocks;
   int num_x, num_w;  // slots of the rings
   int bias_kind;     // 0 none, 1 bf16, 2 float32
   int out_is_float;
@@ -63,23 +78,17 @@ DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 32, "m64n256k16.f32.bf16.bf16", LIST_128,
 DEFINE_HOLD(float, FLOAT, 32)
 #endif
 
-// A box for every thread block of the cluster, at the same place in each, counted by each.
+// A box for both thread blocks of the cluster, at the same place in each, counted by each.
 DEVICE void tensor_load_to_all(u32 to, const TensorMap* map, int x, int y, u32 bar) {
-#if CLUSTER == 1
+#if SHARERS == 1
   tensor_load(to, map, x, y, bar);
 #else
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
       "multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)((1 << CLUSTER) - 1))
+      "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)3)
       : "memory");
 #endif
-}
-
-DEVICE u32 rank_in_cluster() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
 }
 
 // Eight weights' rows x 8 tokens of four matrices, stored token by token; lane l gives the address of
@@ -100,7 +109,20 @@ DEVICE void load_shared2(u32 (&to)[2], u32 at) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at));
 }
 
-DEVICE void meet_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
+DEVICE void store_remote4(u32 at, const float (&v)[4]) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]),
+               "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+
+// All threads of both thread blocks: what either wrote before is visible after.
+DEVICE void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  cluster_wait();
+}
+
+// The warps that store a block's results.
+DEVICE void meet_storing() { asm volatile("bar.sync 1, %0;" ::"n"(OUT_WARPS * 32) : "memory"); }
 
 // ---- rings ---------------------------------------------------------------------------------------
 
@@ -116,19 +138,19 @@ struct Rings {
   u32 x, w, x_full, x_empty, w_full, w_empty;
 };
 
-// What a thread block computes: every CLUSTER of them share all but the rows.
+// What a thread block computes.
 struct Work {
-  int row_tile, token, range, place, first, stop;  // the tiles of columns
+  int rank, row_tile, token, first, stop;  // in the cluster; the tiles of columns
 
   DEVICE Work(const Problem& p) {
-    const int group = blockIdx.x / CLUSTER, of_rows = group / p.num_ranges;
-    range = group % p.num_ranges;
-    const int block = of_rows / p.num_token_blocks * CLUSTER + blockIdx.x % CLUSTER;
+    const int group = blockIdx.x / CLUSTER;
+    rank = blockIdx.x % CLUSTER;
+    const int range = RANGES == 1 ? 0 : rank;
+    const int block = group / p.num_token_blocks * SHARERS + (SHARERS == 1 ? 0 : rank);
     row_tile = block * WARPS;
-    token = of_rows % p.num_token_blocks * TOKENS;
-    place = block * p.num_token_blocks + of_rows % p.num_token_blocks;
-    first = p.num_col_tiles * range / p.num_ranges;
-    stop = p.num_col_tiles * (range + 1) / p.num_ranges;
+    token = group % p.num_token_blocks * TOKENS;
+    first = p.num_col_tiles * range / RANGES;
+    stop = p.num_col_tiles * (range + 1) / RANGES;
   }
 };
 
@@ -161,19 +183,27 @@ DEVICE void feed_weights(const Problem& p, const Rings& r, const Work& work, int
   }
 }
 
-// x is multiplied in halves of a tile of columns; this thread block fetches its share of the tokens.
+// x is multiplied in halves of a tile of columns; a thread block fetches its share of the tokens.
 DEVICE void feed_x(const Problem& p, const Rings& r, const Work& work, const TensorMap* map, int lane) {
-  const u32 rank = CLUSTER == 1 ? 0 : rank_in_cluster();
-  const u32 share = rank * (X_BYTES / CLUSTER);
+  const int share = SHARERS == 1 ? 0 : work.rank;
   Slot slot = {0, 0};
   wait_for_earlier_kernels();  // which may write x; nothing writes weights
   for (int half = 2 * work.first; half < 2 * work.stop; half++) {
-    barrier_wait(r.x_empty + slot.index * 8, slot.parity ^ 1);  // in all of the cluster
+#if IS_STREAMED
+    const int row_tile = work.row_tile + lane % WARPS, column = half / 2 + PREFETCHED;
+    if (half % 2 == 0 && column < work.stop && row_tile < p.num_row_tiles) {
+      const size_t tile = (size_t)row_tile * p.num_col_tiles + column;
+      if (lane < WARPS) prefetch_l2(p.base + tile * BASE_BYTES, BASE_BYTES);
+      else if (lane < 2 * WARPS) prefetch_l2(p.rest + tile * REST_BYTES, REST_BYTES);
+    }
+    __syncwarp();
+#endif
+    barrier_wait(r.x_empty + slot.index * 8, slot.parity ^ 1);  // in all that share it
     if (lane == 0) {
       const u32 bar = r.x_full + slot.index * 8;
       barrier_expect(bar, X_BYTES);
-      tensor_load_to_all(r.x + slot.index * X_BYTES + share, map, half * 64,
-                         work.token + rank * (TOKENS / CLUSTER), bar);
+      tensor_load_to_all(r.x + slot.index * X_BYTES + share * (X_BYTES / SHARERS), map, half * 64,
+                         work.token + share * (TOKENS / SHARERS), bar);
     }
     __syncwarp();
     slot.advance(p.num_x);
@@ -182,77 +212,150 @@ DEVICE void feed_x(const Problem& p, const Rings& r, const Work& work, const Ten
 
 // ---- multiplication ------------------------------------------------------------------------------
 
+// A tile of weights as it lies in memory: a lane's pieces, the scales and offsets of its two rows.
+struct Raw {
+  uint4 pieces[2][PIECES];
 #if BITS
-// Factors of a group, out of a tile's base in shared memory.
-DEVICE Factors load_factors(u32 base, int group, int g) {
-  u32 scales[2], offsets[2] = {0, 0};
-#pragma unroll
-  for (int upper = 0; upper < 2; upper++) {
-    scales[upper] = load_shared_u16(base + scale_at(group, g + 8 * upper, 0));
+  u32 scales[GROUPS_PER_TILE][2];
 #if OFFSET
-    offsets[upper] = load_shared_u16(base + scale_at(group, g + 8 * upper, 1));
+  u32 offsets[GROUPS_PER_TILE][2];
 #endif
+#endif
+};
+
+// Where this lane's bytes of a tile lie: in memory or, as shared addresses, in a ring.
+#if IS_STREAMED
+typedef const u8* Address;
+DEVICE uint4 load16(Address from) { return load_once(from); }
+DEVICE u32 load2(Address from) { return load_once_u16(from); }
+#else
+typedef u32 Address;
+DEVICE uint4 load16(Address from) { return load_shared4(from); }
+DEVICE u32 load2(Address from) { return load_shared_u16(from); }
+#endif
+
+struct Place {
+  Address base, scales, rest;
+
+  DEVICE Place(Address base_of_tile, Address rest_of_tile, int lane)
+      : base(base_of_tile + lane * 16),
+        scales(base_of_tile + lane / 4 * 2),
+        rest(rest_of_tile + lane * 16) {}
+};
+
+DEVICE void load_half(Raw& raw, const Place& at, int h) {
+#if BITS == 0
+#pragma unroll
+  for (int i = 0; i < 4; i++) raw.pieces[h][i] = load16(at.base + dense_at(h, i));
+#else
+  raw.pieces[h][0] = load16(at.base + nibbles_at(h));
+#if BITS != 4
+  raw.pieces[h][1] = load16(at.rest + nibbles_at(h));
+#endif
+#if BITS == 16
+  raw.pieces[h][2] = load16(at.rest + bytes_at(h, 0));
+  raw.pieces[h][3] = load16(at.rest + bytes_at(h, 1));
+#endif
+#pragma unroll
+  for (int group = 0; group < GROUPS_PER_TILE; group++) {
+    if (group * GROUP / 64 != h) continue;
+#pragma unroll
+    for (int upper = 0; upper < 2; upper++) {
+      raw.scales[group][upper] = load2(at.scales + scale_at(group, 8 * upper, 0));
+#if OFFSET
+      raw.offsets[group][upper] = load2(at.scales + scale_at(group, 8 * upper, 1));
+#endif
+    }
   }
-  return factors_of(scales, offsets);
+#endif
+}
+
+#if BITS
+DEVICE Factors factors_of(const Raw& raw, int group) {
+#if OFFSET
+  return factors_of(raw.scales[group], raw.offsets[group]);
+#else
+  const u32 none[2] = {0, 0};
+  return factors_of(raw.scales[group], none);
+#endif
 }
 #endif
 
 // 32 columns of weights, as two steps' operands.
-DEVICE void decode_pair(u32 (&a)[2][4], u32 base, u32 rest, int lane, int pair) {
+DEVICE void decode_pair(u32 (&a)[2][4], const Raw& raw, int pair) {
   const int h = pair / 2;
 #if BITS == 0
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const uint4 d = load_shared4(base + dense_at(h, pair % 2 * 2 + i) + lane * 16);
+    const uint4 d = raw.pieces[h][pair % 2 * 2 + i];
     a[i][0] = d.x, a[i][1] = d.y, a[i][2] = d.z, a[i][3] = d.w;
   }
 #else
-  // this pair's half of each lane's 16 bytes
-  u32 codes[2], r4[2] = {0, 0}, fine[2][2] = {{0, 0}, {0, 0}};
-  load_shared2(codes, base + nibbles_at(h) + lane * 16 + pair % 2 * 8);
-#if BITS != 4
-  load_shared2(r4, rest + nibbles_at(h) + lane * 16 + pair % 2 * 8);
-#endif
-#if BITS == 16
-  const uint4 f = load_shared4(rest + bytes_at(h, pair % 2) + lane * 16);
-  fine[0][0] = f.x, fine[0][1] = f.y, fine[1][0] = f.z, fine[1][1] = f.w;
-#endif
-  const Factors factors = load_factors(base, pair * 32 / GROUP, lane / 4);
+  const uint4 none = {0, 0, 0, 0}, w = raw.pieces[h][0];
+  const uint4 e = PIECES > 1 ? raw.pieces[h][PIECES > 1] : none;
+  const uint4 f = PIECES > 2 ? raw.pieces[h][PIECES > 2 ? 2 + pair % 2 : 0] : none;
+  const u32 codes[2] = {pair % 2 ? w.z : w.x, pair % 2 ? w.w : w.y};
+  const u32 r4[2] = {pair % 2 ? e.z : e.x, pair % 2 ? e.w : e.y};
+  const u32 fine[2][2] = {{f.x, f.y}, {f.z, f.w}};
+  const Factors factors = factors_of(raw, pair * 32 / GROUP);
 #pragma unroll
   for (int i = 0; i < 2; i++) weights_of(a[i], codes[i], r4[i], fine[i], factors);
 #endif
   settle(a[0]), settle(a[1]);
 }
 
+// A slot of x is free when this warp's products with it are done.
+DEVICE void release_x(u32 empty, int lane) {
+#if SHARERS == 1
+  if (lane == 0) barrier_arrive(empty);
+#else
+  if (lane < SHARERS) barrier_arrive_remote(remote_address(empty, lane));
+#endif
+}
+
 // The sums of a range, 64 rows a warpgroup.
-DEVICE void multiply(Accumulators& acc, const Problem& p, const Rings& r, int num_tiles, int warp,
+DEVICE void multiply(Accumulators& acc, const Problem& p, const Rings& r, const Work& work, int warp,
                      int lane) {
+  const int num_tiles = work.stop - work.first;
   Slot x = {0, 0}, w = {0, 0};
-  const u32 empty_of = remote_address(r.x_empty, lane % CLUSTER);
   u32 a[2][2][4];
-  int before = 0;  // the slot of x that products under way read
+  int before = 0;  // the slot of x before this one
+  Raw raw = {};
+#if IS_STREAMED
+  const size_t first = (size_t)(work.row_tile + warp) * p.num_col_tiles + work.first;
+  Place place(p.base + first * BASE_BYTES, p.rest + first * REST_BYTES, lane);
+  // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
+  const int limit = work.row_tile + warp < p.num_row_tiles ? num_tiles : 0;
+  if (0 < limit) load_half(raw, place, 0), load_half(raw, place, 1);
+#endif
   for (int tile = 0; tile < num_tiles; tile++) {
-    const u32 base = r.w + w.index * WEIGHT_BYTES + BASE_PLACE + warp * BASE_BYTES;
-    const u32 rest = r.w + w.index * WEIGHT_BYTES + REST_PLACE + warp * REST_BYTES;
+#if IS_STREAMED
+    place.base += BASE_BYTES, place.scales += BASE_BYTES, place.rest += REST_BYTES;
+#else
+    const u32 slot = r.w + w.index * WEIGHT_BYTES;
+    const Place place(slot + BASE_PLACE + warp * BASE_BYTES, slot + REST_PLACE + warp * REST_BYTES, lane);
     barrier_wait_whole(r.w_full + w.index * 8, w.parity);
+    load_half(raw, place, 0);
+#endif
 #pragma unroll
     for (int pair = 0; pair < 4; pair++) {
       wgmma_wait<1>();  // the products that read a[pair % 2] are done, and those before
-      if (pair % 2 && (pair == 3 || tile > 0) && lane < CLUSTER) {
-        barrier_arrive_remote(empty_of + before * 8);
-      }
-      decode_pair(a[pair % 2], base, rest, lane, pair);
-      if (pair % 2 == 0) barrier_wait_whole(r.x_full + x.index * 8, x.parity);
-      if (pair == 3) {
+      if (pair % 2 && (pair == 3 || tile > 0)) release_x(r.x_empty + before * 8, lane);
+      decode_pair(a[pair % 2], raw, pair);
+#if IS_STREAMED
+      if (pair % 2 && tile + 1 < limit) load_half(raw, place, pair / 2);  // of the next tile
+#else
+      if (pair == 1) {
+        load_half(raw, place, 1);
         __syncwarp();
         if (lane == 0) barrier_arrive(r.w_empty + w.index * 8);
       }
+#endif
+      if (pair % 2 == 0) barrier_wait_whole(r.x_full + x.index * 8, x.parity);
       const u32 b = x_descriptor(r.x + x.index * X_BYTES);
       wgmma_begin();
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        wgmma_bf16<true>(acc, a[pair % 2][i], b + (pair % 2 * 2 + i) * 2);
-      }
+      for (int i = 0; i < 2; i++) wgmma_bf16<true>(acc, a[pair % 2][i], b + (pair % 2 * 2 + i) * 2);
       wgmma_commit();
       if (pair % 2) {
         before = x.index;
@@ -267,56 +370,16 @@ DEVICE void multiply(Accumulators& acc, const Problem& p, const Rings& r, int nu
 
 // ---- results -------------------------------------------------------------------------------------
 
-// Adds the sums of other ranges. False: another thread block has more to add and stores the result.
-DEVICE bool add_ranges(Accumulators& acc, const Problem& p, const Work& work) {
-  __shared__ u32 came_first;
-  for (int step = 1; step < p.num_ranges; step *= 2) {
-    // where ranges i to i + step - 1 and i + step to i + 2 step - 1 meet
-    const int among = work.range / (2 * step) * 2 * step + step - 1;
-    const size_t at = (size_t)work.place * (p.num_ranges - 1) + among;
-    u32* meeting = p.meetings + at * 2;
-    float4* part = p.parts + at * (NT * CONSUMERS) + threadIdx.x;
-    if (threadIdx.x == 0) came_first = atomicAdd(meeting, 1) == 0;
-    meet_consumers();
-    if (came_first) {
-#pragma unroll
-      for (int n = 0; n < NT; n++) {
-        __stcg(part + n * CONSUMERS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
-      }
-      __threadfence();
-      meet_consumers();
-      if (threadIdx.x == 0) {
-        asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(meeting + 1) : "memory");
-      }
-      return false;
-    }
-    if (threadIdx.x == 0) {
-      u32 is_there;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(is_there) : "l"(meeting + 1) : "memory");
-      } while (!is_there);
-      meeting[0] = meeting[1] = 0;
-    }
-    meet_consumers();
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-      const float4 other = __ldcg(part + n * CONSUMERS);
-      acc[n][0] += other.x, acc[n][1] += other.y, acc[n][2] += other.z, acc[n][3] += other.w;
-    }
-    meet_consumers();  // before came_first changes
-  }
-  return true;
-}
-
 DEVICE float bias_of(const Problem& p, int row) {
   if (p.bias_kind == 0 || row >= p.num_rows) return 0.f;
   if (p.bias_kind == 1) return bf16_to_float(((const u16*)p.bias)[row]);
   return ((const float*)p.bias)[row];
 }
 
-DEVICE void store(Accumulators& acc, const Problem& p, const Work& work, u32 room, int warp,
-                  int lane) {
-  const int g = lane / 4, t = lane % 4, row = (work.row_tile + warp) * TILE_ROWS + g;
+// The sums of OUT_WARPS warps, from row tile `first_tile` on.
+DEVICE void store(Accumulators& acc, const Problem& p, const Work& work, u32 room, int first_tile,
+                  int warp, int lane) {
+  const int g = lane / 4, t = lane % 4, row = (first_tile + warp) * TILE_ROWS + g;
   if (p.bias_kind) {
     const float bias[2] = {bias_of(p, row), bias_of(p, row + 8)};
 #pragma unroll
@@ -339,21 +402,21 @@ DEVICE void store(Accumulators& acc, const Problem& p, const Work& work, u32 roo
     }
     return;
   }
-  // through shared memory, so that a token's 128 results are written in one go
+  // through shared memory, so that a token's results are written in one go
   const u32 to = room + (lane / 16 * 8 + lane % 8) * OUT_PITCH + warp * TILE_ROWS * 2 + lane / 8 % 2 * 16;
-  meet_consumers();  // all have read the rings
 #pragma unroll
   for (int n = 0; n < NT; n += 2) {
     store_matrices(to + n * 8 * OUT_PITCH, pair_of_floats(acc[n][0], acc[n][1]),
                    pair_of_floats(acc[n][2], acc[n][3]), pair_of_floats(acc[n + 1][0], acc[n + 1][1]),
                    pair_of_floats(acc[n + 1][2], acc[n + 1][3]));
   }
-  meet_consumers();
-  for (int i = threadIdx.x; i < TOKENS * 16; i += CONSUMERS) {
-    const int token = work.token + i / 16, at_row = work.row_tile * TILE_ROWS + i % 16 * 8;
+  meet_storing();
+  const int chunks = OUT_WARPS * 2;  // of 16 bytes
+  for (int i = warp * 32 + lane; i < TOKENS * chunks; i += OUT_WARPS * 32) {
+    const int token = work.token + i / chunks, at_row = first_tile * TILE_ROWS + i % chunks * 8;
     if (token >= p.num_tokens || at_row >= p.num_rows) continue;
     *(uint4*)(p.out + ((size_t)token * p.num_rows + at_row) * 2) =
-        load_shared4(room + i / 16 * OUT_PITCH + i % 16 * 16);
+        load_shared4(room + i / chunks * OUT_PITCH + i % chunks * 16);
   }
 }
 
@@ -371,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < MAX_SLOTS; i++) {
       barrier_init(r.x_full + i * 8, 1);
-      barrier_init(r.x_empty + i * 8, WARPS * CLUSTER);
+      barrier_init(r.x_empty + i * 8, WARPS * SHARERS);
       barrier_init(r.w_full + i * 8, 1);
       barrier_init(r.w_empty + i * 8, WARPS);
     }
@@ -383,8 +446,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   if (warp >= WARPS) {
     // a warpgroup that feeds gives its registers to those that multiply
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (warp == WARPS) feed_weights(p, r, work, lane);
+    if (warp == WARPS && !IS_STREAMED) feed_weights(p, r, work, lane);
     if (warp == WARPS + 1) feed_x(p, r, work, &map, lane);
+    __syncwarp();
+    meet_cluster();
+    if (RANGES == 2) meet_cluster();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     Accumulators acc;
@@ -393,14 +459,28 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
     }
-    multiply(acc, p, r, work.stop - work.first, warp, lane);
+    multiply(acc, p, r, work, warp, lane);
     wait_for_earlier_kernels();
-    if (work.row_tile < p.num_row_tiles && add_ranges(acc, p, work)) {
-      store(acc, p, work, r.x, warp, lane);
+    meet_cluster();  // all have read the rings of both, and nobody writes there any more
+#if RANGES == 2
+    // the thread block of rank 0 stores the rows of its first warpgroup, rank 1 those of its second
+    const u32 there = r.x + threadIdx.x % 128 * 16;
+    if (warp / 4 != work.rank) {
+      const u32 to = remote_address(there, work.rank ^ 1);
+#pragma unroll
+      for (int n = 0; n < NT; n++) store_remote4(to + n * 2048, acc[n]);
     }
+    meet_cluster();
+    if (warp / 4 != work.rank) return;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+      const uint4 other = load_shared4(there + n * 2048);
+      acc[n][0] += __uint_as_float(other.x), acc[n][1] += __uint_as_float(other.y);
+      acc[n][2] += __uint_as_float(other.z), acc[n][3] += __uint_as_float(other.w);
+    }
+    store(acc, p, work, r.x + NT * 2048, work.row_tile + work.rank * OUT_WARPS, warp % 4, lane);
+#else
+    store(acc, p, work, r.x, work.row_tile, warp, lane);
+#endif
   }
-  // the others of the cluster may still write here: barriers, x
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-  cluster_wait();
 }

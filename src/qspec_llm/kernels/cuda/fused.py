@@ -1,8 +1,4 @@
-"""Launches of fused.cu: prompt rows on Hopper, weights decoded in registers for the tensor cores.
-
-The workspace in which thread blocks leave sums of ranges belongs to the device: products of one
-device are launched on one stream at a time, or in graphs that are replayed so.
-"""
+"""Launches of fused.cu: prompt rows on Hopper, weights decoded in registers for the tensor cores."""
 
 import ctypes
 import functools
@@ -12,36 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qspec_llm.kernels.cuda.compile import Kernel, kernel, tensor_map
+from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, tensor_map
 from qspec_llm.kernels.cuda.form import Form, form_of_weight
-from qspec_llm.kernels.cuda.layout import TILE_ROWS, PackedDense, PackedPlanes
+from qspec_llm.kernels.cuda.layout import PackedDense, PackedPlanes
 from qspec_llm.weights.view import VERIFY
 
-__all__ = ["Tuning", "can_run", "multiply", "num_ranges"]
+__all__ = ["can_run", "multiply", "num_ranges", "token_tiles"]
 
 WARPS = 8  # that multiply, a tile of rows each
 THREADS = (WARPS + 4) * 32
-MAX_TILES = 32  # of 8 tokens
-MAX_TOKENS = 1 << 14  # of a launch
+CLUSTER = 2
 MAX_SLOTS = 8
 SMEM = (227 << 10) - 1024 - 512  # of a block, less alignment and barriers
+FEW_BLOCKS = 48  # of rows; with two ranges each, 512 tokens occupy a chip of 132 multiprocessors
 LEAST_TILES = 4  # of columns in a range
-WORKSPACE_BYTES = 64 << 20
-WORKSPACE_MEETINGS = 4096
-MANY_BLOCKS = 64  # of rows: enough for every multiprocessor with two blocks of tokens
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What may differ between instances without changing any sum.
-
-    Attributes:
-        cluster: thread blocks that share x: 1, 2 or 4.
-        token_tiles: of 8 tokens in a block: 8, 16, 24 or 32; None takes the fewest that do.
-    """
-
-    cluster: int = 2
-    token_tiles: int | None = None
+# Tiles of 8 tokens in a block, and microseconds for each tile of columns (measured on an H200)
+TILE_SECONDS = {8: 0.85, 16: 0.95, 24: 1.2, 32: 1.5}
+BLOCK_SECONDS = 7.0  # besides
 
 
 def can_run(device: int) -> bool:
@@ -50,16 +33,31 @@ def can_run(device: int) -> bool:
 
 
 def num_ranges(row_tiles: int, col_tiles: int) -> int:
-    """Into how many ranges the columns are cut: a power of two.
+    """Into how many ranges the columns are cut: 1 or 2.
 
-    It decides the order of summation, so it looks at the matrix alone. A matrix of few rows is cut
-    so that 256 tokens occupy the multiprocessors.
+    It decides the order of summation, so it looks at the matrix alone.
     """
-    ranges = 1
-    blocks = math.ceil(row_tiles / WARPS)
-    while blocks * ranges < MANY_BLOCKS and col_tiles >= 2 * ranges * LEAST_TILES:
-        ranges *= 2
-    return ranges
+    is_short = math.ceil(row_tiles / WARPS) < FEW_BLOCKS
+    return 2 if is_short and col_tiles >= 2 * LEAST_TILES else 1
+
+
+@functools.cache
+def token_tiles(
+    num_tokens: int, row_tiles: int, col_tiles: int, ranges: int, multiprocessors: int
+) -> int:
+    """Tiles of 8 tokens in a thread block: with which all are done first; changes no sum."""
+
+    def cost(tiles: int) -> float:
+        clusters = _num_clusters(num_tokens, row_tiles, tiles, ranges)
+        turns = math.ceil(clusters / (multiprocessors // CLUSTER))
+        return turns * (col_tiles / ranges * TILE_SECONDS[tiles] + BLOCK_SECONDS)
+
+    return min(TILE_SECONDS, key=cost)
+
+
+def _num_clusters(num_tokens: int, row_tiles: int, tiles: int, ranges: int) -> int:
+    sharers = CLUSTER // ranges  # of x: blocks of rows
+    return math.ceil(row_tiles / (WARPS * sharers)) * math.ceil(num_tokens / (8 * tiles))
 
 
 class _Problem(ctypes.Structure):
@@ -67,11 +65,11 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "base", "rest", "bias", "out", "parts", "meetings",
+            "base", "rest", "bias", "out",
         )),
         *((name, ctypes.c_int) for name in (
             "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "num_token_blocks",
-            "num_ranges", "num_x", "num_w", "bias_kind", "out_is_float",
+            "num_x", "num_w", "bias_kind", "out_is_float",
         )),
     )  # fmt: skip
 
@@ -82,57 +80,31 @@ class _Instance:
 
     kernel: Kernel
     grid: int
-    cluster: int
-    ranges: int
-    token_blocks: int
     tokens: int
+    box: tuple[int, int]
     num_x: int
     num_w: int
     smem: int
 
 
 @functools.cache
-def _instance(
-    form: Form, row_tiles: int, num_tokens: int, chosen: Tuning, ranges: int
-) -> _Instance:
-    token_blocks = math.ceil(num_tokens / (8 * MAX_TILES))
-    fewest = math.ceil(num_tokens / token_blocks / 64) * 8
-    tiles = chosen.token_tiles or fewest
-    token_blocks = math.ceil(num_tokens / (8 * tiles))
-    row_groups = math.ceil(row_tiles / (WARPS * chosen.cluster))
-    weights = WARPS * (form.base_bytes + form.rest_bytes)
+def _instance(form: Form, row_tiles: int, num_tokens: int, tiles: int, ranges: int) -> _Instance:
+    # exact weights go from memory to registers, others through a ring
+    weights = 0 if form.bits == 16 else WARPS * (form.base_bytes + form.rest_bytes)
     half = 8 * tiles * 128  # bytes of 64 columns of x
-    num_w = 3 if 3 * weights + 4 * half <= SMEM else 2
+    num_w = 0 if weights == 0 else 3 if 3 * weights + 4 * half <= SMEM else 2
     num_x = min(MAX_SLOTS, (SMEM - num_w * weights) // half)
-    num_w = min(MAX_SLOTS, (SMEM - num_x * half) // weights)
+    if weights:
+        num_w = min(MAX_SLOTS, (SMEM - num_x * half) // weights)
     return _Instance(
-        kernel=kernel("fused.cu", "fused", **form.defines(), NT=tiles, CLUSTER=chosen.cluster),
-        grid=row_groups * token_blocks * ranges * chosen.cluster,
-        cluster=chosen.cluster,
-        ranges=ranges,
-        token_blocks=token_blocks,
+        kernel=kernel("fused.cu", "fused", **form.defines(), NT=tiles, RANGES=ranges),
+        grid=_num_clusters(num_tokens, row_tiles, tiles, ranges) * CLUSTER,
         tokens=8 * tiles,
+        box=(8 * tiles * ranges // CLUSTER, 64),
         num_x=num_x,
         num_w=num_w,
         smem=1024 + num_x * half + num_w * weights,
     )
-
-
-@functools.cache
-def _workspace(device: int) -> tuple[Tensor, Tensor]:
-    """Where thread blocks leave sums of ranges, and who came to which meeting (0 when idle)."""
-    where = torch.device("cuda", device)
-    parts = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=where)
-    return parts, torch.zeros(2 * WORKSPACE_MEETINGS, dtype=torch.int32, device=where)
-
-
-def _most_tokens(row_tiles: int, ranges: int) -> int:
-    """Of a launch: as many as the workspace has room for, in whole blocks."""
-    blocks = math.ceil(row_tiles / WARPS) * (ranges - 1)
-    tokens = 8 * MAX_TILES
-    sums = WARPS * TILE_ROWS * tokens * 4
-    fitting = min(WORKSPACE_BYTES // sums, WORKSPACE_MEETINGS) // max(blocks, 1)
-    return tokens * fitting if blocks else MAX_TOKENS
 
 
 def multiply(
@@ -140,7 +112,8 @@ def multiply(
     weight: PackedPlanes | PackedDense,
     bias: Tensor | None,
     out: Tensor,
-    chosen: Tuning | None = None,
+    *,
+    tiles: int | None = None,
     ranges: int | None = None,
 ) -> None:
     """out = x times the verify view's weights, rounded to bf16, transposed, plus bias.
@@ -150,51 +123,31 @@ def multiply(
         weight: [N, K].
         bias: [N] bf16 or float32.
         out: [R, N] bf16 or float32, contiguous.
-        chosen: an instance other than the measured best, for benchmarks.
+        tiles: of 8 tokens in a thread block, other than `token_tiles`.
         ranges: of columns, other than `num_ranges`; changes sums, for benchmarks.
     """
+    num_tokens = x.shape[0]
     row_tiles, col_tiles = weight.base.shape[:2]
     ranges = ranges or num_ranges(row_tiles, col_tiles)
-    step = _most_tokens(row_tiles, ranges)
-    for first in range(0, x.shape[0], step):
-        part = slice(first, first + step)
-        _multiply(x[part], weight, bias, out[part], chosen or Tuning(), ranges)
-
-
-def _multiply(
-    x: Tensor,
-    weight: PackedPlanes | PackedDense,
-    bias: Tensor | None,
-    out: Tensor,
-    chosen: Tuning,
-    ranges: int,
-) -> None:
-    row_tiles, col_tiles = weight.base.shape[:2]
-    one = _instance(form_of_weight(weight, VERIFY), row_tiles, x.shape[0], chosen, ranges)
+    if tiles is None:
+        multiprocessors = num_multiprocessors(weight.base.device.index)
+        tiles = token_tiles(num_tokens, row_tiles, col_tiles, ranges, multiprocessors)
+    one = _instance(form_of_weight(weight, VERIFY), row_tiles, num_tokens, tiles, ranges)
     rest = weight.rest if isinstance(weight, PackedPlanes) else None
-    parts, meetings = _workspace(x.device.index)
     problem = _Problem(
         base=weight.base.data_ptr(),
         rest=None if rest is None else rest.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
         out=out.data_ptr(),
-        parts=parts.data_ptr(),
-        meetings=meetings.data_ptr(),
-        num_tokens=x.shape[0],
+        num_tokens=num_tokens,
         num_rows=weight.shape[0],
         num_row_tiles=row_tiles,
         num_col_tiles=col_tiles,
-        num_token_blocks=one.token_blocks,
-        num_ranges=one.ranges,
+        num_token_blocks=math.ceil(num_tokens / one.tokens),
         num_x=one.num_x,
         num_w=one.num_w,
         bias_kind=0 if bias is None else 1 if bias.dtype is torch.bfloat16 else 2,
         out_is_float=int(out.dtype is torch.float32),
     )
-    one.kernel.launch(
-        (one.grid,),
-        THREADS,
-        [tensor_map(x, (one.tokens // one.cluster, 64)), problem],
-        smem=one.smem,
-        cluster=one.cluster,
-    )
+    args = [tensor_map(x, one.box), problem]
+    one.kernel.launch((one.grid,), THREADS, args, smem=one.smem, cluster=CLUSTER)
