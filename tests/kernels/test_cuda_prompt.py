@@ -12,7 +12,6 @@ from helpers_weights import FORMS
 from qspec_llm.kernels.cuda import compile as nvrtc
 from qspec_llm.kernels.cuda import fused, layout
 from qspec_llm.kernels.cuda.form import Form
-from qspec_llm.kernels.cuda.fused import Tuning
 from qspec_llm.kernels.cuda.layout import PackedDense, PackedPlanes
 from qspec_llm.kernels.cuda.linear import linear
 from qspec_llm.kernels.cuda.prompt import through_cublas
@@ -23,15 +22,7 @@ EXACT = ("signed16", "bfloat16")  # others are rounded to bf16
 # rows not of whole blocks, columns not of whole tiles, one range and several
 SHAPES = [(97, 96, 32), (544, 2432, 32), (1056, 576, 64), (1000, 4096, 128)]
 COUNTS = [1, 64, 255, 256, 257, 511, 512]
-TUNINGS = [
-    Tuning(1),
-    Tuning(2),
-    Tuning(4),
-    Tuning(1, 8),
-    Tuning(2, 16),
-    Tuning(2, 24),
-    Tuning(4, 32),
-]
+TILES = [8, 16, 24, 32]
 
 
 def packed_of(form: str, shape: tuple[int, int, int]) -> PackedPlanes | PackedDense:
@@ -81,25 +72,30 @@ def test_a_bias_is_added_before_the_only_rounding(form: str) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("chosen", TUNINGS)
-@pytest.mark.parametrize("form", ["signed16", "affine4", "bfloat16"])
-def test_the_instance_changes_no_bit(form: str, chosen: Tuning) -> None:
-    for shape in SHAPES:
+@pytest.mark.parametrize("ranges", [1, 2])
+@pytest.mark.parametrize("form", ["signed16", "affine4", "signed8", "bfloat16"])
+def test_the_instance_changes_no_bit(form: str, ranges: int) -> None:
+    for shape in [(1056, 576, 64), (1000, 4096, 128)]:
+        stored = random_stored(form, *shape)
         packed, x = packed_of(form, shape), fresh(300, shape[1])
-        assert_same_bits(product(x, packed, chosen=chosen), product(x, packed))
+        usual = product(x, packed, tiles=32, ranges=ranges)
+        limit = TOLERANCE if form in EXACT else ROUNDED
+        assert_close(usual, expected(x, on_gpu(stored), VERIFY), limit)
+        for tiles in TILES:
+            assert_same_bits(product(x, packed, tiles=tiles, ranges=ranges), usual)
 
 
 @gpu
-def test_ranges_meet_in_any_order() -> None:
-    """Meetings begin anew in every launch; whoever comes second adds the same."""
-    packed, x = packed_of("signed16", (1056, 8192, 128)), fresh(512, 8192)
-    assert fused.num_ranges(66, 64) == 8
-    usual = product(x, packed)
+@pytest.mark.parametrize("ranges", [1, 2])
+def test_many_units_and_replays(ranges: int) -> None:
+    """Clusters that take several units each have the bits of small products."""
+    packed, x = packed_of("signed16", (8192, 1024, 128)), fresh(1024, 1024)
+    usual = torch.cat([product(part, packed, ranges=ranges) for part in x.split(100)])
     outs = [torch.full_like(usual, torch.nan) for _ in range(3)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for out in outs:
-            fused.multiply(x, packed, None, out)
+            fused.multiply(x, packed, None, out, ranges=ranges)
     for _ in range(20):
         for out in outs:
             out.fill_(torch.nan)
@@ -129,10 +125,19 @@ def test_through_cublas(form: str, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "ranges"),
-    [((6144, 4096), 2), ((4096, 4096), 2), ((28672, 4096), 1), ((4096, 14336), 2), ((896, 896), 1)],
+    [((6144, 4096), 1), ((4096, 4096), 2), ((28672, 4096), 1), ((4096, 14336), 2), ((896, 896), 1)],
 )
 def test_ranges_look_at_the_matrix_alone(shape: tuple[int, int], ranges: int) -> None:
     assert fused.num_ranges(-(-shape[0] // 16), -(-shape[1] // 128)) == ranges
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 200, 256, 300, 512, 2048])
+def test_tiles_of_tokens_waste_little(num_tokens: int) -> None:
+    for rows, cols in [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]:
+        shape = rows // 16, cols // 128
+        tiles = fused.token_tiles(num_tokens, *shape, fused.num_ranges(*shape), 132)
+        assert tiles in TILES
+        assert -(-num_tokens // (8 * tiles)) * 8 * tiles < 1.5 * num_tokens + 64
 
 
 def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +146,7 @@ def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     forms = [Form(bits=4), Form(bits=4, group=32, is_signed=False, has_offset=True, is_half=True),
              Form(bits=8), Form(bits=16), Form(bits=0)]  # fmt: skip
     for form, tiles in zip(forms, [8, 16, 24, 32, 32], strict=True):
-        shape = {**form.defines(), "NT": tiles, "CLUSTER": 2}
+        shape = {**form.defines(), "NT": tiles, "RANGES": 1 + tiles // 24}
         defines = [(key, str(value)) for key, value in shape.items()]
         try:
             assert nvrtc.compile_source("fused.cu", "sm_90a", defines)

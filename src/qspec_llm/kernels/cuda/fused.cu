@@ -32,11 +32,7 @@
 #define SHARERS (CLUSTER / RANGES)        // of x
 #define OUT_WARPS (WARPS / RANGES)        // that store results
 #define OUT_PITCH (OUT_WARPS * 32 + 16)   // bytes of a token's results, past bank conflicts
-
-// Copies of exact weights into shared memory and back take more of its bandwidth than x and the products
-// leave, so a warp loads those from memory into registers, a tile ahead.
-#define IS_STREAMED (BITS == 16)
-#define PREFETCHED 2  // tiles of streamed weights that go to the L2 before the x that they multiply
+#define OUT_TOKENS 64                     // stored at a time
 
 #if BITS == 0 || BITS == 16
 #define PIECES 4  // of 16 bytes, a lane and half tile
@@ -50,7 +46,7 @@ struct Problem {
   const u8* bias;
   u8* out;
   int num_tokens, num_rows, num_row_tiles, num_col_tiles;
-  int num_token_blocks;
+  int num_token_blocks, num_units;
   int num_x, num_w;  // slots of the rings
   int bias_kind;     // 0 none, 1 bf16, 2 float32
   int out_is_float;
@@ -135,24 +131,26 @@ struct Slot {
 
 // Shared addresses: the rings, and barriers of their slots.
 struct Rings {
-  u32 x, w, x_full, x_empty, w_full, w_empty;
+  u32 x, w, out, x_full, x_empty, w_full, w_empty;
 };
 
-// What a thread block computes.
+// What a cluster computes at a time; it takes every so many units, one only where there are two ranges.
 struct Work {
   int rank, row_tile, token, first, stop;  // in the cluster; the tiles of columns
 
-  DEVICE Work(const Problem& p) {
-    const int group = blockIdx.x / CLUSTER;
+  DEVICE Work(const Problem& p, int unit) {
     rank = blockIdx.x % CLUSTER;
     const int range = RANGES == 1 ? 0 : rank;
-    const int block = group / p.num_token_blocks * SHARERS + (SHARERS == 1 ? 0 : rank);
+    const int block = unit / p.num_token_blocks * SHARERS + (SHARERS == 1 ? 0 : rank);
     row_tile = block * WARPS;
-    token = group % p.num_token_blocks * TOKENS;
+    token = unit % p.num_token_blocks * TOKENS;
     first = p.num_col_tiles * range / RANGES;
     stop = p.num_col_tiles * (range + 1) / RANGES;
   }
 };
+
+DEVICE int first_unit() { return blockIdx.x / CLUSTER; }
+DEVICE int next_unit(int unit) { return unit + gridDim.x / CLUSTER; }
 
 // The weights of a tile of columns: a lane copies the base or the rest of one of the 8 tiles.
 DEVICE void fetch_weights(const Problem& p, const Rings& r, const Work& work, const Slot& slot,
@@ -175,38 +173,35 @@ DEVICE void fetch_weights(const Problem& p, const Rings& r, const Work& work, co
   __syncwarp();
 }
 
-DEVICE void feed_weights(const Problem& p, const Rings& r, const Work& work, int lane) {
+DEVICE void feed_weights(const Problem& p, const Rings& r, int lane) {
   Slot slot = {0, 0};
-  for (int column = work.first; column < work.stop; column++) {
-    fetch_weights(p, r, work, slot, column, lane);
-    slot.advance(p.num_w);
+  for (int unit = first_unit(); unit < p.num_units; unit = next_unit(unit)) {
+    const Work work(p, unit);
+    for (int column = work.first; column < work.stop; column++) {
+      fetch_weights(p, r, work, slot, column, lane);
+      slot.advance(p.num_w);
+    }
   }
 }
 
 // x is multiplied in halves of a tile of columns; a thread block fetches its share of the tokens.
-DEVICE void feed_x(const Problem& p, const Rings& r, const Work& work, const TensorMap* map, int lane) {
-  const int share = SHARERS == 1 ? 0 : work.rank;
+DEVICE void feed_x(const Problem& p, const Rings& r, const TensorMap* map, int lane) {
   Slot slot = {0, 0};
   wait_for_earlier_kernels();  // which may write x; nothing writes weights
-  for (int half = 2 * work.first; half < 2 * work.stop; half++) {
-#if IS_STREAMED
-    const int row_tile = work.row_tile + lane % WARPS, column = half / 2 + PREFETCHED;
-    if (half % 2 == 0 && column < work.stop && row_tile < p.num_row_tiles) {
-      const size_t tile = (size_t)row_tile * p.num_col_tiles + column;
-      if (lane < WARPS) prefetch_l2(p.base + tile * BASE_BYTES, BASE_BYTES);
-      else if (lane < 2 * WARPS) prefetch_l2(p.rest + tile * REST_BYTES, REST_BYTES);
+  for (int unit = first_unit(); unit < p.num_units; unit = next_unit(unit)) {
+    const Work work(p, unit);
+    const int share = SHARERS == 1 ? 0 : work.rank;
+    for (int half = 2 * work.first; half < 2 * work.stop; half++) {
+      barrier_wait(r.x_empty + slot.index * 8, slot.parity ^ 1);  // in all that share it
+      if (lane == 0) {
+        const u32 bar = r.x_full + slot.index * 8;
+        barrier_expect(bar, X_BYTES);
+        tensor_load_to_all(r.x + slot.index * X_BYTES + share * (X_BYTES / SHARERS), map, half * 64,
+                           work.token + share * (TOKENS / SHARERS), bar);
+      }
+      __syncwarp();
+      slot.advance(p.num_x);
     }
-    __syncwarp();
-#endif
-    barrier_wait(r.x_empty + slot.index * 8, slot.parity ^ 1);  // in all that share it
-    if (lane == 0) {
-      const u32 bar = r.x_full + slot.index * 8;
-      barrier_expect(bar, X_BYTES);
-      tensor_load_to_all(r.x + slot.index * X_BYTES + share * (X_BYTES / SHARERS), map, half * 64,
-                         work.token + share * (TOKENS / SHARERS), bar);
-    }
-    __syncwarp();
-    slot.advance(p.num_x);
   }
 }
 
@@ -223,21 +218,11 @@ struct Raw {
 #endif
 };
 
-// Where this lane's bytes of a tile lie: in memory or, as shared addresses, in a ring.
-#if IS_STREAMED
-typedef const u8* Address;
-DEVICE uint4 load16(Address from) { return load_once(from); }
-DEVICE u32 load2(Address from) { return load_once_u16(from); }
-#else
-typedef u32 Address;
-DEVICE uint4 load16(Address from) { return load_shared4(from); }
-DEVICE u32 load2(Address from) { return load_shared_u16(from); }
-#endif
-
+// Where this lane's bytes of a tile lie in shared memory.
 struct Place {
-  Address base, scales, rest;
+  u32 base, scales, rest;
 
-  DEVICE Place(Address base_of_tile, Address rest_of_tile, int lane)
+  DEVICE Place(u32 base_of_tile, u32 rest_of_tile, int lane)
       : base(base_of_tile + lane * 16),
         scales(base_of_tile + lane / 4 * 2),
         rest(rest_of_tile + lane * 16) {}
@@ -246,24 +231,24 @@ struct Place {
 DEVICE void load_half(Raw& raw, const Place& at, int h) {
 #if BITS == 0
 #pragma unroll
-  for (int i = 0; i < 4; i++) raw.pieces[h][i] = load16(at.base + dense_at(h, i));
+  for (int i = 0; i < 4; i++) raw.pieces[h][i] = load_shared4(at.base + dense_at(h, i));
 #else
-  raw.pieces[h][0] = load16(at.base + nibbles_at(h));
+  raw.pieces[h][0] = load_shared4(at.base + nibbles_at(h));
 #if BITS != 4
-  raw.pieces[h][1] = load16(at.rest + nibbles_at(h));
+  raw.pieces[h][1] = load_shared4(at.rest + nibbles_at(h));
 #endif
 #if BITS == 16
-  raw.pieces[h][2] = load16(at.rest + bytes_at(h, 0));
-  raw.pieces[h][3] = load16(at.rest + bytes_at(h, 1));
+  raw.pieces[h][2] = load_shared4(at.rest + bytes_at(h, 0));
+  raw.pieces[h][3] = load_shared4(at.rest + bytes_at(h, 1));
 #endif
 #pragma unroll
   for (int group = 0; group < GROUPS_PER_TILE; group++) {
     if (group * GROUP / 64 != h) continue;
 #pragma unroll
     for (int upper = 0; upper < 2; upper++) {
-      raw.scales[group][upper] = load2(at.scales + scale_at(group, 8 * upper, 0));
+      raw.scales[group][upper] = load_shared_u16(at.scales + scale_at(group, 8 * upper, 0));
 #if OFFSET
-      raw.offsets[group][upper] = load2(at.scales + scale_at(group, 8 * upper, 1));
+      raw.offsets[group][upper] = load_shared_u16(at.scales + scale_at(group, 8 * upper, 1));
 #endif
     }
   }
@@ -313,59 +298,53 @@ DEVICE void release_x(u32 empty, int lane) {
 #endif
 }
 
+// Where a warp is in the rings.
+struct Progress {
+  Slot x, w;
+};
+
 // The sums of a range, 64 rows a warpgroup.
-DEVICE void multiply(Accumulators& acc, const Problem& p, const Rings& r, const Work& work, int warp,
-                     int lane) {
-  const int num_tiles = work.stop - work.first;
-  Slot x = {0, 0}, w = {0, 0};
+DEVICE void multiply(Accumulators& acc, Progress& at, const Problem& p, const Rings& r,
+                     int num_tiles, int warp, int lane) {
+  Raw raw;
   u32 a[2][2][4];
   int before = 0;  // the slot of x before this one
-  Raw raw = {};
-#if IS_STREAMED
-  const size_t first = (size_t)(work.row_tile + warp) * p.num_col_tiles + work.first;
-  Place place(p.base + first * BASE_BYTES, p.rest + first * REST_BYTES, lane);
-  // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
-  const int limit = work.row_tile + warp < p.num_row_tiles ? num_tiles : 0;
-  if (0 < limit) load_half(raw, place, 0), load_half(raw, place, 1);
-#endif
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
+  }
   for (int tile = 0; tile < num_tiles; tile++) {
-#if IS_STREAMED
-    place.base += BASE_BYTES, place.scales += BASE_BYTES, place.rest += REST_BYTES;
-#else
-    const u32 slot = r.w + w.index * WEIGHT_BYTES;
+    const u32 slot = r.w + at.w.index * WEIGHT_BYTES;
     const Place place(slot + BASE_PLACE + warp * BASE_BYTES, slot + REST_PLACE + warp * REST_BYTES, lane);
-    barrier_wait_whole(r.w_full + w.index * 8, w.parity);
+    barrier_wait_whole(r.w_full + at.w.index * 8, at.w.parity);
     load_half(raw, place, 0);
-#endif
 #pragma unroll
     for (int pair = 0; pair < 4; pair++) {
       wgmma_wait<1>();  // the products that read a[pair % 2] are done, and those before
       if (pair % 2 && (pair == 3 || tile > 0)) release_x(r.x_empty + before * 8, lane);
       decode_pair(a[pair % 2], raw, pair);
-#if IS_STREAMED
-      if (pair % 2 && tile + 1 < limit) load_half(raw, place, pair / 2);  // of the next tile
-#else
       if (pair == 1) {
         load_half(raw, place, 1);
         __syncwarp();
-        if (lane == 0) barrier_arrive(r.w_empty + w.index * 8);
+        if (lane == 0) barrier_arrive(r.w_empty + at.w.index * 8);
       }
-#endif
-      if (pair % 2 == 0) barrier_wait_whole(r.x_full + x.index * 8, x.parity);
-      const u32 b = x_descriptor(r.x + x.index * X_BYTES);
+      if (pair % 2 == 0) barrier_wait_whole(r.x_full + at.x.index * 8, at.x.parity);
+      const u32 b = x_descriptor(r.x + at.x.index * X_BYTES);
       wgmma_begin();
 #pragma unroll
       for (int i = 0; i < 2; i++) wgmma_bf16<true>(acc, a[pair % 2][i], b + (pair % 2 * 2 + i) * 2);
       wgmma_commit();
       if (pair % 2) {
-        before = x.index;
-        x.advance(p.num_x);
+        before = at.x.index;
+        at.x.advance(p.num_x);
       }
     }
-    w.advance(p.num_w);
+    at.w.advance(p.num_w);
   }
   wgmma_wait<0>();
   hold(acc);
+  release_x(r.x_empty + before * 8, lane);
 }
 
 // ---- results -------------------------------------------------------------------------------------
@@ -405,18 +384,25 @@ DEVICE void store(Accumulators& acc, const Problem& p, const Work& work, u32 roo
   // through shared memory, so that a token's results are written in one go
   const u32 to = room + (lane / 16 * 8 + lane % 8) * OUT_PITCH + warp * TILE_ROWS * 2 + lane / 8 % 2 * 16;
 #pragma unroll
-  for (int n = 0; n < NT; n += 2) {
-    store_matrices(to + n * 8 * OUT_PITCH, pair_of_floats(acc[n][0], acc[n][1]),
-                   pair_of_floats(acc[n][2], acc[n][3]), pair_of_floats(acc[n + 1][0], acc[n + 1][1]),
-                   pair_of_floats(acc[n + 1][2], acc[n + 1][3]));
-  }
-  meet_storing();
-  const int chunks = OUT_WARPS * 2;  // of 16 bytes
-  for (int i = warp * 32 + lane; i < TOKENS * chunks; i += OUT_WARPS * 32) {
-    const int token = work.token + i / chunks, at_row = first_tile * TILE_ROWS + i % chunks * 8;
-    if (token >= p.num_tokens || at_row >= p.num_rows) continue;
-    *(uint4*)(p.out + ((size_t)token * p.num_rows + at_row) * 2) =
-        load_shared4(room + i / chunks * OUT_PITCH + i % chunks * 16);
+  for (int first = 0; first < NT; first += OUT_TOKENS / 8) {
+    meet_storing();  // what was there has been written
+#pragma unroll
+    for (int n = first; n < first + OUT_TOKENS / 8; n += 2) {
+      store_matrices(to + (n - first) * 8 * OUT_PITCH, pair_of_floats(acc[n][0], acc[n][1]),
+                     pair_of_floats(acc[n][2], acc[n][3]),
+                     pair_of_floats(acc[n + 1][0], acc[n + 1][1]),
+                     pair_of_floats(acc[n + 1][2], acc[n + 1][3]));
+    }
+    meet_storing();
+    const int chunks = OUT_WARPS * 2;  // of 16 bytes
+#pragma unroll
+    for (int i = warp * 32 + lane; i < OUT_TOKENS * chunks; i += OUT_WARPS * 32) {
+      const int token = work.token + first * 8 + i / chunks;
+      const int at_row = first_tile * TILE_ROWS + i % chunks * 8;
+      if (token >= p.num_tokens || at_row >= p.num_rows) continue;
+      *(uint4*)(p.out + ((size_t)token * p.num_rows + at_row) * 2) =
+          load_shared4(room + i / chunks * OUT_PITCH + i % chunks * 16);
+    }
   }
 }
 
@@ -428,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Rings r;
   r.x = (smem_address(raw_bytes) + 1023) / 1024 * 1024;
-  r.w = r.x + p.num_x * X_BYTES;
+  r.w = r.x + p.num_x * X_BYTES, r.out = r.w + p.num_w * WEIGHT_BYTES;
   r.x_full = smem_address(barriers), r.x_empty = r.x_full + MAX_SLOTS * 8;
   r.w_full = r.x_empty + MAX_SLOTS * 8, r.w_empty = r.w_full + MAX_SLOTS * 8;
   if (threadIdx.x == 0) {
@@ -442,45 +428,45 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   }
   cluster_arrive();
   cluster_wait();
-  const Work work(p);
   if (warp >= WARPS) {
     // a warpgroup that feeds gives its registers to those that multiply
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (warp == WARPS && !IS_STREAMED) feed_weights(p, r, work, lane);
-    if (warp == WARPS + 1) feed_x(p, r, work, &map, lane);
+    if (warp == WARPS) feed_weights(p, r, lane);
+    if (warp == WARPS + 1) feed_x(p, r, &map, lane);
     __syncwarp();
     meet_cluster();
     if (RANGES == 2) meet_cluster();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     Accumulators acc;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
+    Progress at = {};
+    for (int unit = first_unit(); unit < p.num_units; unit = next_unit(unit)) {
+      const Work work(p, unit);
+      multiply(acc, at, p, r, work.stop - work.first, warp, lane);
+      wait_for_earlier_kernels();
+#if RANGES == 1
+      store(acc, p, work, r.out, work.row_tile, warp, lane);
     }
-    multiply(acc, p, r, work, warp, lane);
-    wait_for_earlier_kernels();
-    meet_cluster();  // all have read the rings of both, and nobody writes there any more
-#if RANGES == 2
-    // the thread block of rank 0 stores the rows of its first warpgroup, rank 1 those of its second
-    const u32 there = r.x + threadIdx.x % 128 * 16;
-    if (warp / 4 != work.rank) {
-      const u32 to = remote_address(there, work.rank ^ 1);
-#pragma unroll
-      for (int n = 0; n < NT; n++) store_remote4(to + n * 2048, acc[n]);
-    }
-    meet_cluster();
-    if (warp / 4 != work.rank) return;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-      const uint4 other = load_shared4(there + n * 2048);
-      acc[n][0] += __uint_as_float(other.x), acc[n][1] += __uint_as_float(other.y);
-      acc[n][2] += __uint_as_float(other.z), acc[n][3] += __uint_as_float(other.w);
-    }
-    store(acc, p, work, r.x + NT * 2048, work.row_tile + work.rank * OUT_WARPS, warp % 4, lane);
+    meet_cluster();  // the other may still write here: x, barriers
 #else
-    store(acc, p, work, r.x, work.row_tile, warp, lane);
+      meet_cluster();  // all have read the rings of both, and nobody writes there any more
+      // rank 0 stores the rows of its first warpgroup, rank 1 those of its second
+      const u32 there = r.x + threadIdx.x % 128 * 16;
+      if (warp / 4 != work.rank) {
+        const u32 to = remote_address(there, work.rank ^ 1);
+#pragma unroll
+        for (int n = 0; n < NT; n++) store_remote4(to + n * 2048, acc[n]);
+      }
+      meet_cluster();
+      if (warp / 4 != work.rank) return;
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        const uint4 other = load_shared4(there + n * 2048);
+        acc[n][0] += __uint_as_float(other.x), acc[n][1] += __uint_as_float(other.y);
+        acc[n][2] += __uint_as_float(other.z), acc[n][3] += __uint_as_float(other.w);
+      }
+      store(acc, p, work, r.out, work.row_tile + work.rank * OUT_WARPS, warp % 4, lane);
+    }
 #endif
   }
 }

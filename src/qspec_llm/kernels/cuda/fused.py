@@ -1,4 +1,4 @@
-"""Launches of fused.cu: prompt rows on Hopper, weights decoded in registers for the tensor cores."""
+"""Launches of fused.cu: prompt rows on Hopper, weights decoded in registers."""
 
 import ctypes
 import functools
@@ -20,6 +20,7 @@ THREADS = (WARPS + 4) * 32
 CLUSTER = 2
 MAX_SLOTS = 8
 SMEM = (227 << 10) - 1024 - 512  # of a block, less alignment and barriers
+OUT_BYTES = 64 * (WARPS * 32 + 16)  # of results on their way to memory
 FEW_BLOCKS = 48  # of rows; with two ranges each, 512 tokens occupy a chip of 132 multiprocessors
 LEAST_TILES = 4  # of columns in a range
 # Tiles of 8 tokens in a block, and microseconds for each tile of columns (measured on an H200)
@@ -69,7 +70,7 @@ class _Problem(ctypes.Structure):
         )),
         *((name, ctypes.c_int) for name in (
             "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "num_token_blocks",
-            "num_x", "num_w", "bias_kind", "out_is_float",
+            "num_units", "num_x", "num_w", "bias_kind", "out_is_float",
         )),
     )  # fmt: skip
 
@@ -79,7 +80,7 @@ class _Instance:
     """One kernel and how it is launched for one matrix."""
 
     kernel: Kernel
-    grid: int
+    num_units: int
     tokens: int
     box: tuple[int, int]
     num_x: int
@@ -89,21 +90,18 @@ class _Instance:
 
 @functools.cache
 def _instance(form: Form, row_tiles: int, num_tokens: int, tiles: int, ranges: int) -> _Instance:
-    # exact weights go from memory to registers, others through a ring
-    weights = 0 if form.bits == 16 else WARPS * (form.base_bytes + form.rest_bytes)
+    weights = WARPS * (form.base_bytes + form.rest_bytes)
     half = 8 * tiles * 128  # bytes of 64 columns of x
-    num_w = 0 if weights == 0 else 3 if 3 * weights + 4 * half <= SMEM else 2
-    num_x = min(MAX_SLOTS, (SMEM - num_w * weights) // half)
-    if weights:
-        num_w = min(MAX_SLOTS, (SMEM - num_x * half) // weights)
+    num_w = 3
+    num_x = min(MAX_SLOTS, (SMEM - OUT_BYTES - num_w * weights) // half)
     return _Instance(
         kernel=kernel("fused.cu", "fused", **form.defines(), NT=tiles, RANGES=ranges),
-        grid=_num_clusters(num_tokens, row_tiles, tiles, ranges) * CLUSTER,
+        num_units=_num_clusters(num_tokens, row_tiles, tiles, ranges),
         tokens=8 * tiles,
         box=(8 * tiles * ranges // CLUSTER, 64),
         num_x=num_x,
         num_w=num_w,
-        smem=1024 + num_x * half + num_w * weights,
+        smem=1024 + num_x * half + num_w * weights + OUT_BYTES,
     )
 
 
@@ -129,8 +127,8 @@ def multiply(
     num_tokens = x.shape[0]
     row_tiles, col_tiles = weight.base.shape[:2]
     ranges = ranges or num_ranges(row_tiles, col_tiles)
+    multiprocessors = num_multiprocessors(weight.base.device.index)
     if tiles is None:
-        multiprocessors = num_multiprocessors(weight.base.device.index)
         tiles = token_tiles(num_tokens, row_tiles, col_tiles, ranges, multiprocessors)
     one = _instance(form_of_weight(weight, VERIFY), row_tiles, num_tokens, tiles, ranges)
     rest = weight.rest if isinstance(weight, PackedPlanes) else None
@@ -144,10 +142,13 @@ def multiply(
         num_row_tiles=row_tiles,
         num_col_tiles=col_tiles,
         num_token_blocks=math.ceil(num_tokens / one.tokens),
+        num_units=one.num_units,
         num_x=one.num_x,
         num_w=one.num_w,
         bias_kind=0 if bias is None else 1 if bias.dtype is torch.bfloat16 else 2,
         out_is_float=int(out.dtype is torch.float32),
     )
+    # clusters that stay take unit after unit; those with two ranges use their rings to meet
+    clusters = min(one.num_units, multiprocessors // CLUSTER) if ranges == 1 else one.num_units
     args = [tensor_map(x, one.box), problem]
-    one.kernel.launch((one.grid,), THREADS, args, smem=one.smem, cluster=CLUSTER)
+    one.kernel.launch((clusters * CLUSTER,), THREADS, args, smem=one.smem, cluster=CLUSTER)
