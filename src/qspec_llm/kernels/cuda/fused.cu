@@ -207,14 +207,13 @@ DEVICE void feed_x(const Problem& p, const Rings& r, const TensorMap* map, int l
 
 // ---- multiplication ------------------------------------------------------------------------------
 
-// A tile of weights as it lies in memory: a lane's pieces, the scales and offsets of its two rows.
+#define HALF_GROUPS (GROUP == 32 ? 2 : 1)
+
+// Half a tile of weights as it lies in memory: a lane's pieces, the scales and offsets of its two rows.
 struct Raw {
-  uint4 pieces[2][PIECES];
+  uint4 pieces[PIECES];
 #if BITS
-  u32 scales[GROUPS_PER_TILE][2];
-#if OFFSET
-  u32 offsets[GROUPS_PER_TILE][2];
-#endif
+  u32 scales[HALF_GROUPS][2], offsets[HALF_GROUPS][2];
 #endif
 };
 
@@ -231,62 +230,51 @@ struct Place {
 DEVICE void load_half(Raw& raw, const Place& at, int h) {
 #if BITS == 0
 #pragma unroll
-  for (int i = 0; i < 4; i++) raw.pieces[h][i] = load_shared4(at.base + dense_at(h, i));
+  for (int i = 0; i < 4; i++) raw.pieces[i] = load_shared4(at.base + dense_at(h, i));
 #else
-  raw.pieces[h][0] = load_shared4(at.base + nibbles_at(h));
+  raw.pieces[0] = load_shared4(at.base + nibbles_at(h));
 #if BITS != 4
-  raw.pieces[h][1] = load_shared4(at.rest + nibbles_at(h));
+  raw.pieces[1] = load_shared4(at.rest + nibbles_at(h));
 #endif
 #if BITS == 16
-  raw.pieces[h][2] = load_shared4(at.rest + bytes_at(h, 0));
-  raw.pieces[h][3] = load_shared4(at.rest + bytes_at(h, 1));
+  raw.pieces[2] = load_shared4(at.rest + bytes_at(h, 0));
+  raw.pieces[3] = load_shared4(at.rest + bytes_at(h, 1));
 #endif
 #pragma unroll
-  for (int group = 0; group < GROUPS_PER_TILE; group++) {
-    if (group * GROUP / 64 != h) continue;
+  for (int i = 0; i < HALF_GROUPS; i++) {
 #pragma unroll
     for (int upper = 0; upper < 2; upper++) {
-      raw.scales[group][upper] = load_shared_u16(at.scales + scale_at(group, 8 * upper, 0));
-#if OFFSET
-      raw.offsets[group][upper] = load_shared_u16(at.scales + scale_at(group, 8 * upper, 1));
-#endif
+      const int group = h * 64 / GROUP + i;
+      raw.scales[i][upper] = load_shared_u16(at.scales + scale_at(group, 8 * upper, 0));
+      raw.offsets[i][upper] = 0;
+      if (OFFSET) raw.offsets[i][upper] = load_shared_u16(at.scales + scale_at(group, 8 * upper, 1));
     }
   }
 #endif
 }
 
+// 64 columns of weights, as four steps' operands.
+DEVICE void decode_half(u32 (&a)[4][4], const Raw& raw) {
 #if BITS
-DEVICE Factors factors_of(const Raw& raw, int group) {
-#if OFFSET
-  return factors_of(raw.scales[group], raw.offsets[group]);
-#else
-  const u32 none[2] = {0, 0};
-  return factors_of(raw.scales[group], none);
+  const uint4 none = {0, 0, 0, 0}, w = raw.pieces[0];
+  const uint4 e = PIECES > 1 ? raw.pieces[PIECES > 1] : none;
+  const u32 codes[4] = {w.x, w.y, w.z, w.w}, r4[4] = {e.x, e.y, e.z, e.w};
 #endif
-}
-#endif
-
-// 32 columns of weights, as two steps' operands.
-DEVICE void decode_pair(u32 (&a)[2][4], const Raw& raw, int pair) {
-  const int h = pair / 2;
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
 #if BITS == 0
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const uint4 d = raw.pieces[h][pair % 2 * 2 + i];
-    a[i][0] = d.x, a[i][1] = d.y, a[i][2] = d.z, a[i][3] = d.w;
-  }
+    const uint4 d = raw.pieces[step];
+    a[step][0] = d.x, a[step][1] = d.y, a[step][2] = d.z, a[step][3] = d.w;
 #else
-  const uint4 none = {0, 0, 0, 0}, w = raw.pieces[h][0];
-  const uint4 e = PIECES > 1 ? raw.pieces[h][PIECES > 1] : none;
-  const uint4 f = PIECES > 2 ? raw.pieces[h][PIECES > 2 ? 2 + pair % 2 : 0] : none;
-  const u32 codes[2] = {pair % 2 ? w.z : w.x, pair % 2 ? w.w : w.y};
-  const u32 r4[2] = {pair % 2 ? e.z : e.x, pair % 2 ? e.w : e.y};
-  const u32 fine[2][2] = {{f.x, f.y}, {f.z, f.w}};
-  const Factors factors = factors_of(raw, pair * 32 / GROUP);
-#pragma unroll
-  for (int i = 0; i < 2; i++) weights_of(a[i], codes[i], r4[i], fine[i], factors);
+    const int group = step * 16 / GROUP;
+    const uint4 f = PIECES > 2 ? raw.pieces[PIECES > 2 ? 2 + step / 2 : 0] : none;
+    const u32 fine[2] = {step % 2 ? f.z : f.x, step % 2 ? f.w : f.y};
+    weights_of(a[step], codes[step], r4[step], fine,
+               factors_of(raw.scales[group], raw.offsets[group]));
 #endif
-  settle(a[0]), settle(a[1]);
+  }
+#pragma unroll
+  for (int step = 0; step < 4; step++) settle(a[step]);
 }
 
 // A slot of x is free when this warp's products with it are done.
@@ -306,44 +294,52 @@ struct Progress {
 // The sums of a range, 64 rows a warpgroup.
 DEVICE void multiply(Accumulators& acc, Progress& at, const Problem& p, const Rings& r,
                      int num_tiles, int warp, int lane) {
-  Raw raw;
-  u32 a[2][2][4];
-  int before = 0;  // the slot of x before this one
+  u32 a[2][4][4];
+  int before = 0, oldest = 0;  // the slots of x before this one
 #pragma unroll
   for (int n = 0; n < NT; n++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) acc[n][i] = 0.f;
   }
-  for (int tile = 0; tile < num_tiles; tile++) {
+  Raw raw;
+  const auto load = [&](int h) {
     const u32 slot = r.w + at.w.index * WEIGHT_BYTES;
-    const Place place(slot + BASE_PLACE + warp * BASE_BYTES, slot + REST_PLACE + warp * REST_BYTES, lane);
-    barrier_wait_whole(r.w_full + at.w.index * 8, at.w.parity);
-    load_half(raw, place, 0);
+    const u32 base = slot + BASE_PLACE + warp * BASE_BYTES;
+    const u32 rest = slot + REST_PLACE + warp * REST_BYTES;
+    if (h == 0) barrier_wait_whole(r.w_full + at.w.index * 8, at.w.parity);
+    load_half(raw, Place(base, rest, lane), h);
+  };
+  load(0);
+  // ptxas keeps products under way across a loop's end only if it sees four groups of them (C7513)
+#pragma unroll 2
+  for (int tile = 0; tile < num_tiles; tile++) {
 #pragma unroll
-    for (int pair = 0; pair < 4; pair++) {
-      wgmma_wait<1>();  // the products that read a[pair % 2] are done, and those before
-      if (pair % 2 && (pair == 3 || tile > 0)) release_x(r.x_empty + before * 8, lane);
-      decode_pair(a[pair % 2], raw, pair);
-      if (pair == 1) {
-        load_half(raw, place, 1);
+    for (int h = 0; h < 2; h++) {
+      wgmma_wait<1>();  // the products that read a[h] are done, and those before
+      if (tile > 0) release_x(r.x_empty + oldest * 8, lane);
+      decode_half(a[h], raw);
+      // the next half is on its way while these products are issued
+      if (h == 0) {
+        load(1);
+      } else {
         __syncwarp();
         if (lane == 0) barrier_arrive(r.w_empty + at.w.index * 8);
+        at.w.advance(p.num_w);
+        if (tile + 1 < num_tiles) load(0);
       }
-      if (pair % 2 == 0) barrier_wait_whole(r.x_full + at.x.index * 8, at.x.parity);
+      barrier_wait_whole(r.x_full + at.x.index * 8, at.x.parity);
       const u32 b = x_descriptor(r.x + at.x.index * X_BYTES);
       wgmma_begin();
 #pragma unroll
-      for (int i = 0; i < 2; i++) wgmma_bf16<true>(acc, a[pair % 2][i], b + (pair % 2 * 2 + i) * 2);
+      for (int step = 0; step < 4; step++) wgmma_bf16<true>(acc, a[h][step], b + step * 2);
       wgmma_commit();
-      if (pair % 2) {
-        before = at.x.index;
-        at.x.advance(p.num_x);
-      }
+      oldest = before, before = at.x.index;
+      at.x.advance(p.num_x);
     }
-    at.w.advance(p.num_w);
   }
   wgmma_wait<0>();
   hold(acc);
+  release_x(r.x_empty + oldest * 8, lane);
   release_x(r.x_empty + before * 8, lane);
 }
 

@@ -92,8 +92,9 @@ class _Instance:
 def _instance(form: Form, row_tiles: int, num_tokens: int, tiles: int, ranges: int) -> _Instance:
     weights = WARPS * (form.base_bytes + form.rest_bytes)
     half = 8 * tiles * 128  # bytes of 64 columns of x
-    num_w = 3
-    num_x = min(MAX_SLOTS, (SMEM - OUT_BYTES - num_w * weights) // half)
+    room = SMEM - OUT_BYTES
+    num_w = 3 if 3 * weights + 4 * half <= room else 2
+    num_x = min(MAX_SLOTS, (room - num_w * weights) // half)
     return _Instance(
         kernel=kernel("fused.cu", "fused", **form.defines(), NT=tiles, RANGES=ranges),
         num_units=_num_clusters(num_tokens, row_tiles, tiles, ranges),
