@@ -30,11 +30,15 @@ def host_seconds(call: Callable[[], object]) -> float:
 
 
 def gpu_seconds(call: Callable[[], object]) -> float:
-    """Seconds that the GPU takes for what a call launches."""
+    """Seconds that the GPU takes for what a call launches, when it has just done the same before.
+
+    On an idle GPU a graph's launch would count, which in cycles overlaps with the one before it.
+    """
     begun, done = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         for _ in range(2)
     )
+    call()
     begun.record()
     call()
     done.record()

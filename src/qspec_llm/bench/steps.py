@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qspec_llm.bench.measure import Advance, gpu_seconds, host_seconds, interleaved
+from qspec_llm.engine.captured import captured
 from qspec_llm.engine.engine import Engine, StepSeconds
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner
@@ -80,13 +81,9 @@ def _call(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> Callable
     if device.type != "cuda":
         wanted = torch.arange(case.rows)
         return partial(_step, decoder, kv, case.view, tokens, rows, wanted)
-    step = partial(_step, decoder, kv, case.view, tokens.to(device), rows.to(device), None)
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return captured(
+        partial(_step, decoder, kv, case.view, tokens.to(device), rows.to(device), None)
+    )
 
 
 def _inputs(case: StepCase) -> tuple[Tensor, Rows]:
