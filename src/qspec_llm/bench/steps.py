@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qspec_llm.bench.measure import Advance, gpu_seconds, host_seconds, interleaved
+from qspec_llm.bench.measure import Advance, gpu_seconds, host_seconds, interleaved, wake_gpu
 from qspec_llm.engine.captured import captured
 from qspec_llm.engine.engine import Engine, StepSeconds
 from qspec_llm.engine.params import SamplingParams
@@ -71,6 +71,8 @@ def step_costs(
                 case = StepCase(target, view, num_rows, context)
                 calls[case] = _call(decoder, kv, case)
     on_gpu = next(iter(decoders.values())).ops.device.type == "cuda"
+    if on_gpu:
+        wake_gpu(calls.values())
     return interleaved(calls, rounds, advance, gpu_seconds if on_gpu else host_seconds)
 
 
