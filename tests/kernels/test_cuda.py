@@ -289,13 +289,13 @@ def test_quantised_activations(activation: Activation, num_cols: int, dtype: tor
 
 
 @gpu
-def test_dependent_launch_and_prefetch_change_nothing() -> None:
+def test_dependent_launch_changes_nothing() -> None:
     view = draft_view(Activation.A8)
     packed = layout.pack(random_stored("signed16", 2048, 2048, 128))
     x = fresh(9, 2048)
     plain = run(x, packed, view)
     for _ in range(20):
-        assert_same_bits(run(x, packed, view, pdl=True, ahead=(packed, VERIFY)), plain)
+        assert_same_bits(run(x, packed, view, pdl=True), plain)
     graph, out = torch.cuda.CUDAGraph(), torch.empty_like(plain)
     with torch.cuda.graph(graph):
         for _ in range(4):

@@ -39,14 +39,12 @@ class Case:
         target: how the weights are nested; None for cuBLAS with plain bf16 weights.
         view: what is read.
         pdl: programmatic dependent launch.
-        is_ahead: each linear fetches the head of the next one's weights into the L2.
         tuning: another instance than the chosen one.
     """
 
     target: Target | None
     view: View = VERIFY
     pdl: bool = True
-    is_ahead: bool = False
     tuning: Tuning | None = None
 
 
@@ -187,11 +185,10 @@ def _runner(
     order = [(name, layer[name]) for layer in weights for name in names]
 
     def run() -> None:
-        for index, (name, weight) in enumerate(order):
+        for name, weight in order:
             if isinstance(weight, Tensor):
                 torch.mm(inputs[name], weight.t(), out=outputs[name])
                 continue
-            following: Any = order[(index + 1) % len(order)][1]
             linear(
                 inputs[name],
                 weight,
@@ -199,7 +196,6 @@ def _runner(
                 case.view,
                 rows,
                 out=outputs[name],
-                ahead=(following, case.view) if case.is_ahead else None,
                 pdl=case.pdl,
                 chosen=case.tuning,
             )

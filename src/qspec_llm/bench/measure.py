@@ -6,7 +6,7 @@ rounds counts. Absolute times belong to the machine and the moment; ratios withi
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from qspec_llm.engine.emit import Emission
 from qspec_llm.engine.engine import Engine
 
-__all__ = ["Advance", "gpu_seconds", "host_seconds", "interleaved", "run_in_turn"]
+__all__ = ["Advance", "gpu_seconds", "host_seconds", "interleaved", "run_in_turn", "wake_gpu"]
 
 _Key = TypeVar("_Key", bound=Hashable)
 Advance = Callable[[], None]  # called after every timed call, for a progress bar
@@ -30,17 +30,30 @@ def host_seconds(call: Callable[[], object]) -> float:
 
 
 def gpu_seconds(call: Callable[[], object]) -> float:
-    """Seconds that the GPU takes for what a call launches."""
+    """Seconds that the GPU takes for what a call launches, when it has just done the same before.
+
+    On an idle GPU a graph's launch would count, which in cycles overlaps with the one before it.
+    """
     begun, done = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         for _ in range(2)
     )
+    call()
     begun.record()
     call()
     done.record()
     done.synchronize()
     milliseconds: float = begun.elapsed_time(done)
     return milliseconds / 1e3
+
+
+def wake_gpu(calls: Iterable[Callable[[], object]], seconds: float = 1.0) -> None:
+    """Keep the GPU busy until its clocks are up: an idle one starts at a fraction of them."""
+    calls, started = list(calls), time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
 
 
 def interleaved(

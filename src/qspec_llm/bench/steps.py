@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qspec_llm.bench.measure import Advance, gpu_seconds, host_seconds, interleaved
+from qspec_llm.bench.measure import Advance, gpu_seconds, host_seconds, interleaved, wake_gpu
+from qspec_llm.engine.captured import captured
 from qspec_llm.engine.engine import Engine, StepSeconds
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner
@@ -70,6 +71,8 @@ def step_costs(
                 case = StepCase(target, view, num_rows, context)
                 calls[case] = _call(decoder, kv, case)
     on_gpu = next(iter(decoders.values())).ops.device.type == "cuda"
+    if on_gpu:
+        wake_gpu(calls.values())
     return interleaved(calls, rounds, advance, gpu_seconds if on_gpu else host_seconds)
 
 
@@ -80,13 +83,9 @@ def _call(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> Callable
     if device.type != "cuda":
         wanted = torch.arange(case.rows)
         return partial(_step, decoder, kv, case.view, tokens, rows, wanted)
-    step = partial(_step, decoder, kv, case.view, tokens.to(device), rows.to(device), None)
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return captured(
+        partial(_step, decoder, kv, case.view, tokens.to(device), rows.to(device), None)
+    )
 
 
 def _inputs(case: StepCase) -> tuple[Tensor, Rows]:

@@ -13,6 +13,10 @@
 // shared memory, for QUERIES queries at a time (rows times the query heads that share the KV head). A
 // lane keeps STAGES units of keys or values in shared memory or on their way.
 //
+// With ROTATE the rows' places and the keys and values before them are read before earlier kernels have
+// ended: no kernel that starts while others still run may write those (matrices.embed, the first of every
+// step, waits for all before it).
+//
 // Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE, a multiple of 16; MT: QUERIES = 16 MT;
 // CLUSTER 1, 2, 4 or 8; STAGES; ROTATE 1: q, k, v come unrotated, and keys from the first row's
 // position on come from them; 0: q is ready and every key is in the cache; GROUP 0, 32 or 64 and TOP:
@@ -181,7 +185,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
   const int mate = thread % (32 * TEAM);     // this thread in its team
   const int stream = rank + team * CLUSTER;  // the lane of chunks
   launch_dependents();
+#if !ROTATE
   wait_for_earlier_kernels();
+#endif
 
   // where the keys of the stream's next 16 chunks lie: for lane i of a warp, PLACED keys of chunk i / 2
   const i64* table = tables + (i64)seq * table_stride;
@@ -193,7 +199,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
   const int context = (int)contexts[seq];
   const i64 first = cu_rows[seq];
   const int num_queries = (int)(cu_rows[seq + 1] - first) * RATIO;
-  if (context == 0) return;  // the whole cluster
+  if (context == 0) {  // the whole cluster
+    wait_for_earlier_kernels();
+    return;
+  }
   const int first_position = (int)positions[first];
   const int fresh = ROTATE ? first_position : context;  // later keys are in k and v
   const int num_chunks = (context + CHUNK - 1) / CHUNK;
@@ -202,76 +211,96 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
   const float factor = __fmul_rn(scale, LOG2E);
   const int mate_row = mate / PIECES, mate_col = mate % PIECES * 8;
 
-  // Starts the copies of a unit of the stream; rows past the context are zeros. New keys are rotated
-  // here, and written to their slots with their values.
-  const auto fetch = [&](int unit) {
+  // Starts the copies of what the cache has of a unit of the stream; rows past the context are zeros.
+  const auto fetch_old = [&](int unit) {
     if (unit < num_units) {
       const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
-      const bool is_value = unit / HALVES % 2;
       if (chunk % 16 == 0 && unit % (2 * HALVES) == 0 && unit) places = places_from(chunk);
       Unit& room = sh.ring[team][unit % STAGES];
       const u32 to = smem_address(&room[mate_row][mate_col]);
-      const u16* const cache = is_value ? value_cache : key_cache;
+      const u16* const cache = unit / HALVES % 2 ? value_cache : key_cache;
 #pragma unroll
       for (int n = 0; n < UNIT; n += ROWS) {
         const int at = half * UNIT + n + mate_row;  // of the span's keys
         const int key = (stream + (chunk + at / CHUNK) * LANES) * CHUNK + at % CHUNK;
         const int slot = __shfl_sync(~0u, places, chunk % 16 * 2 + at / PLACED) + at % PLACED;
         const u16* from = cache + ((i64)slot * NUM_KV + kv_head) * HEAD + mate_col;
-        const bool is_inside = key < context, is_new = ROTATE && key >= fresh && is_inside;
-        if (is_new) from = v + (first + key - fresh) * v_stride + kv_head * HEAD + mate_col;
-        if (is_value || !is_new) copy_or_zero(to + n * PITCH * 2, from, is_inside);
+        if (key < fresh || key >= context) copy_or_zero(to + n * PITCH * 2, from, key < context);
       }
-#if ROTATE
-      // what is new are the context's last keys; those of this unit are few, if any
-      const int unit_low = (stream + chunk * LANES) * CHUNK + half * UNIT;
-      const int unit_high = unit_low + (HALVES == 1 ? (SPAN - 1) * LANES * CHUNK + CHUNK : UNIT);
-      const int new_low = max(unit_low, fresh), new_high = min(unit_high, context);
-      for (int i = mate; !is_value && i < (new_high - new_low) * HALF; i += 32 * TEAM) {
-        const int key = new_low + i / HALF, pair = i % HALF;
-        if (key / CHUNK % LANES != stream) continue;  // another lane's, between two chunks of the span
-        const int n = key / CHUNK / LANES % SPAN * CHUNK + (key - half * UNIT) % CHUNK;
-        const i64 row = first + key - fresh, slot = slots[row];
-        const u16* from = k + row * k_stride + kv_head * HEAD + pair;
-        const u32 value = *(const u32*)(v + row * v_stride + kv_head * HEAD + 2 * pair);
-        const u32 turned = rotated_pair(from[0], from[HALF], cosines[(i64)key * HALF + pair],
-                                        sines[(i64)key * HALF + pair]);
-        room[n][pair] = (u16)turned;
-        room[n][pair + HALF] = (u16)(turned >> 16);
-        if (slot >= 0) {
-          const i64 at = (slot * NUM_KV + kv_head) * HEAD;
-          key_cache[at + pair] = (u16)turned;
-          key_cache[at + pair + HALF] = (u16)(turned >> 16);
-          *(u32*)(value_cache + at + 2 * pair) = value;
-        }
-      }
-#endif
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  // Adds the new keys or values to a unit, few if any: the context's last ones. Keys are rotated, and
+  // written to their slots with their values.
+  const auto add_new = [&](int unit) {
+#if ROTATE
+    if (unit >= num_units) return;
+    const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
+    const bool is_value = unit / HALVES % 2;
+    Unit& room = sh.ring[team][unit % STAGES];
+    const int unit_low = (stream + chunk * LANES) * CHUNK + half * UNIT;
+    const int unit_high = unit_low + (HALVES == 1 ? (SPAN - 1) * LANES * CHUNK + CHUNK : UNIT);
+    const int new_low = max(unit_low, fresh), new_high = min(unit_high, context);
+    const int items = (new_high - new_low) * (is_value ? PIECES : HALF);
+    for (int i = mate; i < items; i += 32 * TEAM) {
+      const int key = new_low + i / (is_value ? PIECES : HALF);
+      if (key / CHUNK % LANES != stream) continue;  // another lane's, between two chunks of the span
+      const int n = key / CHUNK / LANES % SPAN * CHUNK + (key - half * UNIT) % CHUNK;
+      const i64 row = first + key - fresh;
+      if (is_value) {
+        const int col = i % PIECES * 8;
+        *(uint4*)&room[n][col] = *(const uint4*)(v + row * v_stride + kv_head * HEAD + col);
+        continue;
+      }
+      const int pair = i % HALF;
+      const i64 slot = slots[row];
+      const u16* from = k + row * k_stride + kv_head * HEAD + pair;
+      const u32 value = *(const u32*)(v + row * v_stride + kv_head * HEAD + 2 * pair);
+      const u32 turned = rotated_pair(from[0], from[HALF], cosines[(i64)key * HALF + pair],
+                                      sines[(i64)key * HALF + pair]);
+      room[n][pair] = (u16)turned;
+      room[n][pair + HALF] = (u16)(turned >> 16);
+      if (slot >= 0) {
+        const i64 at = (slot * NUM_KV + kv_head) * HEAD;
+        key_cache[at + pair] = (u16)turned;
+        key_cache[at + pair + HALF] = (u16)(turned >> 16);
+        *(u32*)(value_cache + at + 2 * pair) = value;
+      }
+    }
+#endif
   };
 
   for (int m0 = 0; m0 < num_queries; m0 += QUERIES) {
     const int count = min(QUERIES, num_queries - m0);
     if (num_chunks > 16 * LANES) places = places_from(0);
-    // the queries of this turn are asked for before the keys, and rotated after
-    u32 pairs[QUERIES * HALF / THREADS];
     float2 turns[QUERIES * HALF / THREADS];
 #pragma unroll
     for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
       const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
-      pairs[i] = 0;
       turns[i] = make_float2(0.f, 0.f);
+      // rows of a sequence follow each other; what lies past the context is no row that counts
+      const i64 turn = (i64)min(first_position + (m0 + m) / RATIO, context - 1) * HALF + pair;
+      if (ROTATE && m < count) turns[i] = make_float2(cosines[turn], sines[turn]);
+    }
+#pragma unroll 1
+    for (int unit = 0; unit < STAGES - 1; unit++) fetch_old(unit);
+#if ROTATE
+    // nothing so far was written by kernels that may still run
+    if (m0 == 0) wait_for_earlier_kernels();
+#endif
+    u32 pairs[QUERIES * HALF / THREADS];
+#pragma unroll
+    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
+      pairs[i] = 0;
       if (m < count) {
         const i64 row = first + (m0 + m) / RATIO;
         const u16* from = q + row * q_stride + (kv_head * RATIO + (m0 + m) % RATIO) * HEAD + pair;
         pairs[i] = from[0] | (u32)from[HALF] << 16;
-        // rows of a sequence follow each other; what lies past the context is no row that counts
-        const i64 turn = (i64)min(first_position + (m0 + m) / RATIO, context - 1) * HALF + pair;
-        if (ROTATE) turns[i] = make_float2(cosines[turn], sines[turn]);
       }
     }
 #pragma unroll 1
-    for (int unit = 0; unit < STAGES - 1; unit++) fetch(unit);
+    for (int unit = 0; unit < STAGES - 1; unit++) add_new(unit);
 #pragma unroll
     for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
       const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
@@ -361,7 +390,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
     for (int unit = 0; unit < num_units; unit++) {
       asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
       meet_team(team);
-      fetch(unit + STAGES - 1);  // where the unit before this one was
+      fetch_old(unit + STAGES - 1);  // where the unit before this one was
+      add_new(unit + STAGES - 1);
       Unit& room = sh.ring[team][unit % STAGES];
       const int chunk = unit / (2 * HALVES) * SPAN;
       const u32 values = smem_address(&room[lane & 15][share * COLS + (COLS > 8) * (lane >> 4) * 8]);

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kernels.cuda.compile import kernel, num_multiprocessors
 from qspec_llm.kernels.cuda.activations import Quantized
+from qspec_llm.kernels.cuda.compile import kernel, num_multiprocessors
 from qspec_llm.kernels.cuda.rows import targets
 from qspec_llm.kernels.triton import attention as by_triton
 from qspec_llm.kernels.triton.launch import can_overlap

@@ -39,8 +39,6 @@ struct Problem {
   const u8* rest;  // [row tiles][column tiles][REST_BYTES]
   const u8* bias;
   u8* out;
-  const u8* ahead[2];  // what the next linear reads first
-  int ahead_bytes[2];
   int num_tokens, num_rows, num_cols, num_row_tiles, num_col_tiles;
   int pitch;
   int num_blocks;       // of RT row tiles
@@ -540,18 +538,6 @@ DEVICE void add_ranges(const Problem& p, u32 sums, int first_row, int first_toke
   }
 }
 
-// What the next linear reads first, into the L2; every block a part.
-DEVICE void fetch_ahead(const Problem& p) {
-  if (blockIdx.y) return;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    for (int at = (blockIdx.x * RANGES * 32 + threadIdx.x) * 128; at < p.ahead_bytes[i];
-         at += gridDim.x * RANGES * 32 * 128) {
-      prefetch_l2(p.ahead[i] + at);
-    }
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
     direct(const __grid_constant__ Problem p) {
   extern __shared__ __align__(128) u8 shared[];
@@ -664,7 +650,6 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
       }
       window.slot++;
       if (tile == count) {
-        if (is_last) fetch_ahead(p);
         finish();
         if (is_last) break;
         tile = 0;

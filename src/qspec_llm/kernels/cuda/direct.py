@@ -152,8 +152,6 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "meta", "base", "rest", "bias", "out")),
-        ("ahead", ctypes.c_void_p * 2),
-        ("ahead_bytes", ctypes.c_int * 2),
         *((name, ctypes.c_int) for name in (
             "num_tokens", "num_rows", "num_cols", "num_row_tiles", "num_col_tiles", "pitch",
             "num_blocks", "piece", "num_buffers", "keeps_x", "bias_kind", "out_is_float",
@@ -206,8 +204,6 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         bias_kind=product.bias_kind,
         out_is_float=int(product.out.dtype is torch.float32),
     )
-    for index, (address, size) in enumerate(product.ahead):
-        problem.ahead[index], problem.ahead_bytes[index] = address, size
     grid = (laid.grid, math.ceil(num_tokens / (8 * token_tiles)))
     function = instance(product.form, token_tiles, tuned)
     function.launch(grid, RANGES * 32, [problem], smem=laid.smem, pdl=product.pdl)

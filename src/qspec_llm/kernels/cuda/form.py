@@ -9,15 +9,13 @@ from torch import Tensor
 from qspec_llm.kernels.cuda.layout import (
     DENSE_BYTES,
     PackedDense,
-    PackedMatrix,
-    PackedPlain,
     PackedPlanes,
     tile_bytes,
 )
 from qspec_llm.weights.planes import Grid, PlaneSpec
 from qspec_llm.weights.view import Activation, View
 
-__all__ = ["Form", "Product", "ahead_of", "form_of", "form_of_weight"]
+__all__ = ["Form", "Product", "form_of", "form_of_weight"]
 
 
 @dataclass(frozen=True)
@@ -75,22 +73,6 @@ def form_of_weight(weight: PackedPlanes | PackedDense, view: View, act_group: in
     return form_of(weight.spec if isinstance(weight, PackedPlanes) else None, view, act_group)
 
 
-AHEAD_BYTES = 8 << 20  # at most this much of the next weights is fetched
-
-
-def ahead_of(weight: PackedMatrix, view: View) -> tuple[tuple[int, int], ...]:
-    """Address and bytes of what the view reads first of a tensor: whole rows of tiles."""
-    if isinstance(weight, PackedPlain):
-        return ()
-    form = form_of_weight(weight, view)
-    row_tiles, col_tiles = weight.base.shape[:2]
-    rows = min(row_tiles, AHEAD_BYTES // (col_tiles * (form.base_bytes + form.rest_bytes)))
-    parts = [(weight.base.data_ptr(), rows * col_tiles * form.base_bytes)]
-    if isinstance(weight, PackedPlanes) and weight.rest is not None and form.rest_bytes:
-        parts.append((weight.rest.data_ptr(), rows * col_tiles * form.rest_bytes))
-    return tuple(parts)
-
-
 @dataclass(frozen=True)
 class Product:
     """out = x times the weights, transposed, plus bias; all checked.
@@ -103,7 +85,6 @@ class Product:
         weight: [N, K].
         bias: [N] bf16 or float32.
         out: [R, N] bf16 or float32, contiguous.
-        ahead: address and bytes of what may be fetched into the L2 when this is done.
         pdl: programmatic dependent launch (compile.Kernel.launch).
     """
 
@@ -113,7 +94,6 @@ class Product:
     weight: PackedPlanes | PackedDense
     bias: Tensor | None
     out: Tensor
-    ahead: tuple[tuple[int, int], ...] = ()
     pdl: bool = False
 
     @property

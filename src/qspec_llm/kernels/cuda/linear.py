@@ -18,7 +18,7 @@ from qspec_llm.kernels.cuda.activations import (
     quantize,
 )
 from qspec_llm.kernels.cuda.direct import Tuning
-from qspec_llm.kernels.cuda.form import Product, ahead_of, form_of_weight
+from qspec_llm.kernels.cuda.form import Product, form_of_weight
 from qspec_llm.kernels.cuda.layout import PackedDense, PackedMatrix, PackedPlain, PackedPlanes
 from qspec_llm.kernels.cuda.prompt import plain, prompt
 from qspec_llm.weights.view import Activation, View
@@ -53,7 +53,6 @@ def linear(
     out_dtype: torch.dtype | None = None,
     *,
     out: Tensor | None = None,
-    ahead: tuple[PackedMatrix, View] | None = None,
     pdl: bool = False,
     chosen: Tuning | None = None,
 ) -> Tensor:
@@ -67,8 +66,6 @@ def linear(
         rows: prompt rows use the prompt class; nothing else is looked at.
         out_dtype: bf16 (the default) or float32.
         out: where to write, contiguous [R, N] of `out_dtype`.
-        ahead: the weights that the next linear of the step reads: their first bytes are fetched
-            into the L2 while this one ends.
         pdl: programmatic dependent launch (compile.Kernel.launch).
         chosen: an instance of direct.cu other than the measured best, for benchmarks.
 
@@ -105,7 +102,7 @@ def linear(
             x = quantize(x, view.activation, pdl=pdl)
         elif num_cols % 8:  # the copy engine reads rows from multiples of 16 bytes
             x = torch.nn.functional.pad(x, (0, -num_cols % 8))
-    _generated(x, weight, bias, view, out, ahead, pdl, chosen)
+    _generated(x, weight, bias, view, out, pdl, chosen)
     return out
 
 
@@ -115,7 +112,6 @@ def _generated(
     bias: Tensor | None,
     view: View,
     out: Tensor,
-    ahead: tuple[PackedMatrix, View] | None,
     pdl: bool,
     chosen: Tuning | None,
 ) -> None:
@@ -127,7 +123,6 @@ def _generated(
         weight=weight,
         bias=bias,
         out=out,
-        ahead=() if ahead is None else ahead_of(*ahead),
         pdl=pdl,
     )
     if wide.can_run(product.form, values.shape[0], weight.base.device.index):

@@ -13,7 +13,7 @@ from qspec_llm.kernels.cuda import layout, tables
 from qspec_llm.kernels.cuda import linear as kernels
 from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.device import gpu
-from qspec_llm.kernels.cuda.layout import PackedMatrix, PackedPlanes
+from qspec_llm.kernels.cuda.layout import PackedPlanes
 from qspec_llm.kernels.triton.launch import IS_INTERPRETED, can_overlap
 from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.view import View
@@ -55,10 +55,14 @@ def read_memory(memory: Tensor) -> None:
 
 
 def embed(tokens: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
-    """Rows of the embedding: tokens [R] int64 to [R, hidden]."""
+    """Rows of the embedding: tokens [R] int64 to [R, hidden].
+
+    The first kernel of a step. It waits for all earlier ones, so that the others of the step may
+    read what those wrote (positions, places, the KV cache) before the kernels between have ended.
+    """
     if IS_INTERPRETED:
         return reference.embed(tokens, table, dtype)
-    return tables.embed(tokens, table, dtype, pdl=can_overlap())
+    return tables.embed(tokens, table, dtype)
 
 
 def takes_quantized(packed: Packed, dtype: torch.dtype) -> bool:
@@ -73,12 +77,11 @@ def linear(
     view: View,
     rows: Rows,
     out_dtype: torch.dtype | None = None,
-    ahead: tuple[PackedMatrix, View] | None = None,
 ) -> Tensor:
     """x [R, K] times the view's weights [N, K] transposed, plus bias [N]: [R, N].
 
-    `x` may be quantised where `takes_quantized`; `ahead` are the weights that are read next.
+    `x` may be quantised where `takes_quantized`.
     """
     if isinstance(x, Tensor) and (IS_INTERPRETED or not kernels.can_run(x)):
         return reference.linear(x, unpack(weight), bias, view, rows, out_dtype)
-    return kernels.linear(x, weight, bias, view, rows, out_dtype, ahead=ahead, pdl=can_overlap())
+    return kernels.linear(x, weight, bias, view, rows, out_dtype, pdl=can_overlap())

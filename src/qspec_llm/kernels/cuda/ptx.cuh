@@ -88,10 +88,6 @@ DEVICE u32 load_once_u16(const void* from) {
   return v;
 }
 
-DEVICE void prefetch_l2(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-}
-
 // Asynchronous copies of 16 bytes into shared memory, in groups.
 DEVICE void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -244,10 +240,6 @@ DEVICE void tensor_load(u32 to, const TensorMap* map, int x, int y, u32 bar) {
       "{%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(bar)
       : "memory");
-}
-
-DEVICE void prefetch_l2(const void* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Barriers initialised before are known to the cluster once all its threads have arrived.

@@ -45,16 +45,6 @@ class _WholeStep:
         self._decoder = decoder
         config = decoder.config
         self._sizes = [config.query_size, config.kv_size, config.kv_size]
-        order = [
-            linear
-            for layer in decoder.layers
-            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
-        ]
-        # the weights that are read after those of a linear: it fetches their beginning into the L2
-        self._next = {
-            id(linear): following.parts[0][0]
-            for linear, following in zip(order, [*order[1:], decoder.head], strict=True)
-        }
 
     def __call__(
         self,
@@ -100,11 +90,7 @@ class _WholeStep:
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         out_dtype = out_dtype or self._decoder.dtype
-        following = None if rows.is_prompt else self._next.get(id(layer))
-        ahead = None if following is None else (following, view)
-        parts = [
-            linear(x, weight, bias, view, rows, out_dtype, ahead) for weight, bias in layer.parts
-        ]
+        parts = [linear(x, weight, bias, view, rows, out_dtype) for weight, bias in layer.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _attend(

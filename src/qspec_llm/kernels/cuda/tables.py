@@ -44,7 +44,7 @@ def decoded(
     return out.view(-1)[: shape[0] * shape[1]].view(shape)
 
 
-def embed(tokens: Tensor, table: PackedMatrix, dtype: torch.dtype, *, pdl: bool = False) -> Tensor:
+def embed(tokens: Tensor, table: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """Rows of the embedding at full precision: tokens [R] int64 to [R, K] bf16 or float32.
 
     A token outside the table gives zeros; the caller checks tokens.
@@ -63,7 +63,7 @@ def embed(tokens: Tensor, table: PackedMatrix, dtype: torch.dtype, *, pdl: bool 
         args = [tokens, table.base, rest, out, num_cols, table.base.shape[1], num_rows]
         function = kernel("weights.cu", "embed", **form_of_weight(table, VERIFY).defines())
         is_float = int(dtype is torch.float32)
-        function.launch((tokens.shape[0],), 256, [*args, is_float], pdl=pdl)
+        function.launch((tokens.shape[0],), 256, [*args, is_float])
     return out
 
 
