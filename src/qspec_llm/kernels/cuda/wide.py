@@ -16,15 +16,26 @@ from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, 
 from qspec_llm.kernels.cuda.form import Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS
 
-__all__ = ["LEAST_TOKENS", "MAX_TOKENS", "Tuning", "can_run", "multiply", "tuning", "units_of"]
+__all__ = [
+    "LEAST_TOKENS",
+    "MAX_TOKENS",
+    "Tuning",
+    "blocks_of",
+    "can_run",
+    "multiply",
+    "tiles_of",
+    "tuning",
+]
 
 LEAST_TOKENS = 17  # below, direct.cu reads the same bytes with less ado
 MAX_TOKENS = 128  # of a block; more are cut into blocks of so many
 RANGES = 8  # of columns: direct.cu sums in the same ones
 MAX_STAGES = 32
-SMEM = (227 << 10) - 1024 - 16 * MAX_STAGES  # of a block, less alignment and barriers
+SMEM = (227 << 10) - 1024 - 1024  # of a block, less alignment and what is not dynamic
 WORKSPACE_BYTES = 64 << 20
 WORKSPACE_COUNTERS = 4096
+MAX_WARPS = 16  # of a thread block
+LEAST_PASSED = 7  # units of a thread block from which on no rows are shared by three
 
 
 @dataclass(frozen=True)
@@ -33,21 +44,34 @@ class Tuning:
 
     Attributes:
         groups: warpgroups, 64 rows each: 2, 3 or 4.
-        units: of a thread block; None lets `units_of` choose.
+        units: most of a thread block; None lets `blocks_of` choose.
         stages: most tiles of x in shared memory.
+        tiles: of 8 tokens in a block; None lets `tiles_of` choose.
     """
 
     groups: int
     units: int | None = None
     stages: int = MAX_STAGES
+    tiles: int | None = None
+
+
+def tiles_of(form: Form, num_tokens: int) -> int:
+    """Tiles of 8 tokens of a block: the products' widths that bf16 and integers have."""
+    widths = (4, 5, 6, 8, 10, 12, 16) if form.act == 16 else (4, 6, 8, 12, 16)
+    share = math.ceil(num_tokens / math.ceil(num_tokens / MAX_TOKENS))
+    return next(tiles for tiles in widths if 8 * tiles >= share)
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
     """The measured best (docs/gpu-notes.md)."""
     is_shifted = form.act == 16 and form.bits in (4, 8) and (form.has_offset or form.has_middle)
-    if token_tiles > 8 or is_shifted:  # sums of x take as many registers as the products
+    if is_shifted:  # sums of x take as many registers as the products
         return Tuning(groups=2)
-    return Tuning(groups=4)
+    if token_tiles <= 8:
+        return Tuning(groups=4)
+    if token_tiles <= 12:
+        return Tuning(groups=2 if form.bits == 8 else 3)
+    return Tuning(groups=3 if form.act == 16 and form.bits in (0, 16) else 2)
 
 
 def can_run(form: Form, num_tokens: int, device: int) -> bool:
@@ -62,12 +86,12 @@ def can_run(form: Form, num_tokens: int, device: int) -> bool:
 
 
 @functools.cache
-def units_of(num_units: int, num_col_tiles: int, slots: int) -> int:
-    """How many units a thread block takes: with which the busiest multiprocessor is done first.
+def blocks_of(num_units: int, num_col_tiles: int, slots: int) -> int:
+    """Thread blocks among which units are dealt out: with which the busiest is done first.
 
-    A thread block costs about the time of two tiles of columns besides its own, and of six more
-    where it shares rows: sums go through the L2 and everyone waits for everyone (measured on
-    gate_up, where even shares for 128 multiprocessors lost to whole blocks of rows on 112).
+    A thread block costs about the time of two tiles of columns besides its own. Where it shares
+    rows, it costs one more if it has so many units that totals pass from one to the next, and
+    else six: sums go through the L2 and everyone waits for everyone.
 
     Args:
         num_units: ranges of blocks of rows, of one block of tokens.
@@ -75,11 +99,19 @@ def units_of(num_units: int, num_col_tiles: int, slots: int) -> int:
         slots: thread blocks that run at once.
     """
 
-    def cost(units: int) -> float:
-        turns = math.ceil(math.ceil(num_units / units) / slots)
-        return turns * (num_col_tiles * units / RANGES + 2) + 6 * (units < RANGES)
+    def cost(blocks: int) -> float:
+        units = math.ceil(num_units / blocks)
+        sharing = 0 if blocks * RANGES == num_units else 1 if _passes(num_units, blocks) else 6
+        turns = math.ceil(blocks / slots)
+        return turns * (num_col_tiles * units / RANGES + 2) + sharing
 
-    return min(range(1, RANGES + 1), key=cost)
+    shares = [math.ceil(num_units / units) for units in range(1, RANGES + 1)]
+    passing = min(slots, num_units // LEAST_PASSED)
+    return min([*reversed(shares), passing] if passing else shares, key=cost)
+
+
+def _passes(num_units: int, num_blocks: int) -> bool:
+    return num_units // num_blocks >= LEAST_PASSED
 
 
 class _Problem(ctypes.Structure):
@@ -87,11 +119,11 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "meta", "base", "rest", "bias", "out", "parts", "arrivals",
+            "meta", "base", "rest", "bias", "out", "parts", "arrivals", "flags",
         )),
         *((name, ctypes.c_int) for name in (
             "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "num_units",
-            "num_stages", "bias_kind", "out_is_float",
+            "num_stages", "passes", "bias_kind", "out_is_float",
         )),
     )  # fmt: skip
 
@@ -105,6 +137,7 @@ class _Instance:
     threads: int
     num_units: int
     num_stages: int
+    passes: bool
     smem: int
     box: tuple[int, int]
 
@@ -113,7 +146,7 @@ class _Instance:
 def _instance(
     form: Form, row_tiles: int, col_tiles: int, num_tokens: int, device: int, chosen: Tuning | None
 ) -> _Instance:
-    token_tiles = next(tiles for tiles in (4, 8, 16) if 8 * tiles >= min(num_tokens, MAX_TOKENS))
+    token_tiles = (chosen and chosen.tiles) or tiles_of(form, num_tokens)
     tokens = token_tiles * 8
     tuned = chosen or tuning(form, token_tiles)
     threads = tuned.groups * 128
@@ -121,11 +154,17 @@ def _instance(
     token_blocks = math.ceil(num_tokens / tokens)
     sums = threads * token_tiles * 16  # bytes of a range of a block of rows
     places = row_blocks * token_blocks
-    fits = places <= WORKSPACE_COUNTERS and places * RANGES * sums <= WORKSPACE_BYTES
     slots = max(1, num_multiprocessors(device) // token_blocks)
     num_units = row_blocks * RANGES
-    units = tuned.units or units_of(num_units, col_tiles, slots) if fits else RANGES
-    num_blocks = math.ceil(num_units / units)
+    num_blocks = blocks_of(num_units, col_tiles, slots)
+    if tuned.units:
+        num_blocks = math.ceil(num_units / tuned.units)
+    if col_tiles < RANGES:  # there are empty ranges: a thread block must not have these alone
+        num_blocks = row_blocks
+    passes = _passes(num_units, num_blocks)
+    room = places * sums * (1 if passes else RANGES)
+    if places > WORKSPACE_COUNTERS or room > WORKSPACE_BYTES:
+        num_blocks, passes = row_blocks, True  # nothing is shared
     stage = tokens * TILE_COLS * form.act // 8
     if form.act == 8:
         stage += TILE_COLS // form.act_group * tokens * 8
@@ -143,17 +182,20 @@ def _instance(
         threads=threads,
         num_units=num_units,
         num_stages=num_stages,
+        passes=passes,
         smem=1024 + num_stages * stage + sums,
         box=(tokens, 128 if form.act == 8 else 64),
     )
 
 
 @functools.cache
-def _workspace(device: int) -> tuple[Tensor, Tensor]:
-    """Where blocks of the same rows leave sums for each other, and count each other."""
+def _workspace(device: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where blocks of the same rows leave sums for each other, and count and flag them."""
     where = torch.device("cuda", device)
     parts = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=where)
-    return parts, torch.zeros(WORKSPACE_COUNTERS, dtype=torch.int32, device=where)
+    arrivals = torch.zeros(WORKSPACE_COUNTERS, dtype=torch.int32, device=where)
+    flags = torch.zeros(WORKSPACE_COUNTERS * MAX_WARPS, dtype=torch.int32, device=where)
+    return parts, arrivals, flags
 
 
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
@@ -163,7 +205,7 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
     device = product.weight.base.device.index
     one = _instance(product.form, row_tiles, col_tiles, num_tokens, device, chosen)
     rest, bias, meta = product.rest, product.bias, product.meta
-    parts, arrivals = _workspace(device)
+    parts, arrivals, flags = _workspace(device)
     problem = _Problem(
         meta=None if meta is None else meta.data_ptr(),
         base=product.weight.base.data_ptr(),
@@ -172,6 +214,7 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         out=product.out.data_ptr(),
         parts=parts.data_ptr(),
         arrivals=arrivals.data_ptr(),
+        flags=flags.data_ptr(),
         num_tokens=num_tokens,
         num_rows=product.weight.shape[0],
         num_row_tiles=row_tiles,
@@ -179,6 +222,7 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         pitch=0 if meta is None else meta.shape[1],
         num_units=one.num_units,
         num_stages=one.num_stages,
+        passes=int(one.passes),
         bias_kind=product.bias_kind,
         out_is_float=int(product.out.dtype is torch.float32),
     )
