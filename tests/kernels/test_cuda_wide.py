@@ -49,19 +49,31 @@ def poisoned(num_tokens: int, num_rows: int) -> Tensor:
     return torch.full((num_tokens, num_rows), torch.nan, device="cuda")
 
 
-@gpu
-@pytest.mark.parametrize("num_tokens", [17, 32, 40, 45, 64, 75, 90, 100, 150])
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("form", [*FORMS, "bfloat16"])
-def test_rows_are_those_of_the_direct_kernel(form: str, view: str, num_tokens: int) -> None:
+def check_against_direct(form: str, view: View, num_tokens: int) -> None:
     for shape in SHAPES:
         stored = random_stored(form, *shape)
         packed, x = layout.pack(stored), fresh(num_tokens, shape[1])
         out, same = poisoned(num_tokens, shape[0]), poisoned(num_tokens, shape[0])
-        wide.multiply(product(x, packed, VIEWS[view], out))
-        direct.multiply(product(x, packed, VIEWS[view], same))
-        assert_close(out, expected(x, on_gpu(stored), VIEWS[view]), TOLERANCE)
+        wide.multiply(product(x, packed, view, out))
+        direct.multiply(product(x, packed, view, same))
+        assert_close(out, expected(x, on_gpu(stored), view), TOLERANCE)
         assert_same_bits(out, same)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [17, 45, 100])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("form", [*FORMS, "bfloat16"])
+def test_rows_are_those_of_the_direct_kernel(form: str, view: str, num_tokens: int) -> None:
+    check_against_direct(form, VIEWS[view], num_tokens)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [32, 40, 64, 75, 90, 150, 200])
+@pytest.mark.parametrize("view", ["verify", "a8"])
+@pytest.mark.parametrize("form", ["signed16", "signed8", "affine4"])
+def test_products_of_every_width(form: str, view: str, num_tokens: int) -> None:
+    check_against_direct(form, VIEWS[view], num_tokens)
 
 
 @gpu
@@ -128,7 +140,8 @@ def test_multiprocessors_are_kept_busy(num_units: int, num_col_tiles: int, block
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "tiles"), [(17, 4), (33, 5), (64, 8), (128, 16), (129, 10), (160, 10), (256, 16)]
+    ("num_tokens", "tiles"),
+    [(17, 4), (33, 5), (64, 8), (128, 16), (129, 20), (160, 20), (170, 12), (256, 16)],
 )
 def test_blocks_hold_no_more_tokens_than_there_are(num_tokens: int, tiles: int) -> None:
     assert wide.tiles_of(Form(bits=16), num_tokens) == tiles

@@ -1,4 +1,4 @@
-// Warpgroup products (sm_90a): 64 rows x 32 to 256 tokens, A in registers, B in shared memory.
+// Warpgroup products (sm_90a): 64 rows x 32 to 160 tokens, A in registers, B in shared memory.
 //
 // Warp w of the warpgroup holds rows 16 w to 16 w + 15 of A as the fragments of mma.m16n8k16 (bf16) or
 // m16n8k32 (bytes); a lane's accumulators are those of the same instruction for every tile of 8 tokens,

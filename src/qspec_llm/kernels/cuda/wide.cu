@@ -7,14 +7,18 @@
 //
 // The order of a sum depends on the matrix alone, and direct.cu has the same: the columns are cut into
 // RANGES, range r from tile num_col_tiles * r / RANGES on; a range is summed from 0, group by group, and
-// the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows:
-// a thread block takes the next so many, in order. Of the rows that it has from range 0 on it keeps the
-// total in shared memory; the sums of other ranges, and totals that lack later ranges, go to a
-// workspace. Those who share rows wait for each other at their end and fold a slice each.
+// the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows: a
+// thread block takes so many in a row. What it has of one block of rows is a share, and it computes its
+// last share first. The total of a share so far lies in shared memory. Rows that are shared:
+//   where thread blocks have few units, a total that lacks later ranges and the sums of ranges behind
+//   others' go to a workspace; all who share rows wait for each other at their end and fold a slice
+//   each. Where they have at least RANGES - 1 (`passes`), nobody is between two others: the first
+//   passes its total on, early, since its last share is computed first, and the next goes on from it.
 //
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
-//   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups      RANGES ranges of columns
+//   NT    tiles of 8 tokens: 4, 5, 6, 8, 10, 12, 16 or 20; of int8 x 4, 6, 8, 12 or 16
+//   WGS   warpgroups         RANGES ranges of columns
 
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -33,7 +37,7 @@
 #define THREADS (WARPS * 32)
 #define MAX_STAGES 32
 #define ITEMS (THREADS * NT)  // groups of four sums in a block's range
-#define ROLLS (BITS == 16)    // products stay in flight from tile to tile
+#define ROLLS (BITS == 16 && NT > 8)  // products stay in flight from tile to tile
 
 struct Problem {
   const u8* meta;  // [groups][pitch] {float scale, int sum}
@@ -44,8 +48,9 @@ struct Problem {
   float4* parts;  // [token block, row block][RANGES][ITEMS]
   u32* arrivals;  // [token block, row block]: ranges whose sums are there, RANGES more every time
   u32* flags;     // [token block, row block][WARPS]: a total waits for the next thread block
-  int num_tokens, num_rows, num_row_tiles, num_col_tiles;
-  int pitch, num_units, num_stages;
+  int num_tokens, num_rows, num_row_tiles, num_col_tiles, num_row_blocks;
+  int pitch, num_stages;
+  int units, num_longer;  // of thread blocks
   int passes;     // shared rows: totals pass from thread block to thread block
   int bias_kind;  // 0 none, 1 bf16, 2 float32
   int out_is_float;
@@ -55,16 +60,18 @@ DEVICE int range_start(const Problem& p, int range) {
   return (u32)p.num_col_tiles * (u32)range / RANGES;
 }
 
-// The first unit of thread block i, and the thread block of a unit.
-DEVICE int first_unit(const Problem& p, int i) { return (int)((long long)p.num_units * i / gridDim.x); }
+// The first unit of thread block i, and the thread block of a unit: the first `num_longer` have one
+// unit more than the others.
+DEVICE int first_unit(const Problem& p, int i) { return p.units * i + min(i, p.num_longer); }
 
 DEVICE int owner_of(const Problem& p, int unit) {
-  return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.num_units);
+  const int behind = unit - (p.units + 1) * p.num_longer;
+  return behind < 0 ? unit / (p.units + 1) : p.num_longer + behind / p.units;
 }
 
 // Where the sums of a block of rows lie in the workspace, counted in blocks of rows.
 DEVICE int place_of(const Problem& p, int block) {
-  return blockIdx.y * (p.num_units / RANGES) + block;
+  return blockIdx.y * p.num_row_blocks + block;
 }
 
 struct Lane {
@@ -551,8 +558,8 @@ DEVICE void pass_on(const Problem& p, const Lane& l, const Accumulators& total, 
   write_sums(p.parts + (size_t)place_of(p, block) * ITEMS + threadIdx.x, total);
   __syncwarp();
   if (l.lane == 0) {
-    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.flags + place_of(p, block) * WARPS + l.warp)
-                 : "memory");
+    u32* flag = p.flags + place_of(p, block) * WARPS + l.warp;
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
   }
 }
 
@@ -738,12 +745,24 @@ struct Turn {
     return index < num_tiles ? index - p.num_stages + LAG : -1;
   }
 
-  DEVICE void take(const Problem& p, const Ring& ring, const TensorMap* map, const Seldom& seldom, int lane) {
+  DEVICE void take(const Problem& p, const Ring& ring, const TensorMap* map, const Seldom& seldom,
+                   int lane) {
     if (index >= p.num_stages) barrier_wait(ring.empty + slot * 8, parity ^ 1);
     fetch_x(p, ring, map, slot, seldom.column_of(p, index), lane);
     index += WARPS, slot += WARPS;
     while (slot >= p.num_stages) slot -= p.num_stages, parity ^= 1;
   }
+};
+
+// Where a warp is, of which its loop over tiles knows only the next tile at which it must look here.
+// In shared memory, since registers are short.
+struct Progress {
+  int due;        // the tile at which it is its turn to fetch x
+  int wrap;       // at which the ring of x starts again
+  int switch_at;  // whose next weights are those of another share
+  int range_end;  // with which another range begins
+  int range;
+  Share share;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -752,6 +771,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   __shared__ u64 barriers[2 * MAX_STAGES];
   __shared__ Seldom seldom;
   __shared__ Turn turns[WARPS];
+  __shared__ Progress progress[WARPS];
   launch_dependents();
   const Lane l = lane_of(threadIdx.x);
   Ring ring;
@@ -775,7 +795,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   next.load_scales(raw, is_there);
   next.load_half(raw, is_there, 0);
   next.load_half(raw, is_there, 1);
-  next.skip();
   if (l.warp == 0) {
     for (int i = l.lane; i < p.num_stages; i += 32) {
       barrier_init(ring.full + i * 8, 1);
@@ -788,55 +807,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 64) prefetch_map(&map);
   __syncthreads();
   wait_for_earlier_kernels();
-  int due;
+  const volatile Seldom& rare = seldom;
+  volatile Progress& at = progress[l.warp];
   {
-    const int num_tiles = seldom.num_tiles;
+    const int num_tiles = rare.num_tiles;
     Turn turn = {l.warp, l.warp, 0};
     while (turn.slot >= p.num_stages) turn.slot -= p.num_stages, turn.parity ^= 1;
     while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, seldom, l.lane);
-    due = turn.due(p, num_tiles);
-    if (l.lane == 0) turns[l.warp] = turn;
+    if (l.lane == 0) {
+      turns[l.warp] = turn;
+      at.due = turn.due(p, num_tiles), at.wrap = 0, at.switch_at = rare.head_tiles - 1;
+      at.range = share.first;
+      at.range_end = range_start(p, share.first + 1) - range_start(p, share.first);
+      at.share.block = share.block, at.share.first = share.first, at.share.last = share.last;
+    }
     __syncwarp();
   }
 
-  const volatile Seldom& rare = seldom;
   Accumulators acc;
   clear(acc);
-  int tile = 0, switch_at = seldom.head_tiles - 1;  // there the next weights are another share's
-  int range = share.first, range_end = range_start(p, range + 1) - range_start(p, range);
-  int wrap = 0;  // tile at which the ring of x starts again
+  int tile = 0;
   TileOfX of_x;
   u32 full, parity = 1;
 #if ROLLS
   u32 release = 0;  // of the tile whose products are still in flight
 #endif
   for (;;) {
-    if (tile < range_end) {  // a range may be empty
+    if (tile < at.range_end) {  // a range may be empty
+      int due = at.due, wrap = at.wrap, switch_at = at.switch_at;
+      __syncwarp();
       if (tile == due) {
         Turn turn = turns[l.warp];
         __syncwarp();
         turn.take(p, ring, &map, seldom, l.lane);
         due = turn.due(p, rare.num_tiles);
-        if (l.lane == 0) turns[l.warp] = turn;
-        __syncwarp();
+        if (l.lane == 0) turns[l.warp] = turn, at.due = due;
       }
       if (tile == wrap) {
         wrap += p.num_stages, parity ^= 1, full = ring.full;
         of_x.x = x_descriptor(ring.x), of_x.meta = ring.meta;
+        if (l.lane == 0) at.wrap = wrap;
       }
       if (tile == switch_at) {
         is_there = tile + 1 < rare.num_tiles;
         if (is_there) {
-          const Share other = share_of(rare.begin, rare.end, share.block - 1);
+          const Share other = share_of(rare.begin, rare.end, at.share.block - 1);
           const int first_column = range_start(p, other.first);
-          next = Stream(p, l, other.block * WARPS + l.warp, first_column);
+          next = Stream(p, l, other.block * WARPS + l.warp, first_column - 1);
           switch_at += p.num_col_tiles - first_column;
+          if (l.lane == 0) at.switch_at = switch_at;
         }
       }
-      int stop = min(range_end, wrap);
+      int stop = min((int)at.range_end, wrap);
       if (due > tile) stop = min(stop, due);
       if (switch_at > tile) stop = min(stop, switch_at);
+      __syncwarp();
       do {
+        next.skip();
         barrier_wait_whole(full, parity);
 #if ROLLS
         multiply_tile(acc, raw, l, of_x, next, is_there, release);
@@ -845,29 +872,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         multiply_tile(acc, raw, l, of_x, next, is_there);
         if (l.lane == 0) barrier_arrive(full + MAX_STAGES * 8);
 #endif
-        next.skip();
         of_x.x += X_BYTES / 16, of_x.meta += META_BYTES, full += 8;
       } while (++tile < stop);
-      if (tile < range_end) continue;
+      if (tile < at.range_end) continue;
     }
 #if ROLLS
     wgmma_wait<0>();
     hold(acc);
 #endif
-    end_range(p, l, acc, totals, share, range);
-    if (++range == share.last) {
+    Share done;
+    done.block = at.share.block, done.first = at.share.first, done.last = at.share.last;
+    int range = at.range;
+    __syncwarp();
+    end_range(p, l, acc, totals, done, range);
+    if (++range == done.last) {
       const int begin = rare.begin, end = rare.end;
-      if (!p.passes && (share.first > 0 || share.last < RANGES)) {
-        const u32 all = arrive(p, share.block, share.last - share.first);
+      if (!p.passes && (done.first > 0 || done.last < RANGES)) {
+        const u32 all = arrive(p, done.block, done.last - done.first);
         if (threadIdx.x == 0) {
-          (share.block == begin / RANGES ? seldom.all_of_first : seldom.all_of_last) = all;
+          (done.block == begin / RANGES ? seldom.all_of_first : seldom.all_of_last) = all;
         }
       }
-      if (share.block == begin / RANGES) break;
-      share = share_of(begin, end, share.block - 1);
-      range = share.first;
+      if (done.block == begin / RANGES) break;
+      done = share_of(begin, end, done.block - 1);
+      range = done.first;
     }
-    range_end += range_start(p, range + 1) - range_start(p, range);
+    if (l.lane == 0) {
+      at.share.block = done.block, at.share.first = done.first, at.share.last = done.last;
+      at.range = range;
+      at.range_end = at.range_end + range_start(p, range + 1) - range_start(p, range);
+    }
+    __syncwarp();
   }
   if (p.passes) return;
   __syncthreads();

@@ -1,4 +1,4 @@
-"""Launches of wide.cu: generated rows from 17 on, up to 128 at a time, on Hopper.
+"""Launches of wide.cu: generated rows from 17 on, up to 160 at a time, on Hopper.
 
 The workspace in which blocks leave the sums of ranges belongs to the device: products of one device
 are launched on one stream at a time, or in graphs that are replayed so.
@@ -28,10 +28,11 @@ __all__ = [
 ]
 
 LEAST_TOKENS = 17  # below, direct.cu reads the same bytes with less ado
-MAX_TOKENS = 128  # of a block; more are cut into blocks of so many
+MAX_TOKENS = 128  # of a block; more are cut into equal blocks
+WIDEST = 20  # tiles of 8 tokens that a block can hold of bf16, where its registers suffice
 RANGES = 8  # of columns: direct.cu sums in the same ones
 MAX_STAGES = 32
-SMEM = (227 << 10) - 1024 - 1024  # of a block, less alignment and what is not dynamic
+SMEM = (227 << 10) - 1024 - 1536  # of a block, less alignment and what is not dynamic
 WORKSPACE_BYTES = 64 << 20
 WORKSPACE_COUNTERS = 4096
 MAX_WARPS = 16  # of a thread block
@@ -55,34 +56,45 @@ class Tuning:
     tiles: int | None = None
 
 
+def _is_shifted(form: Form) -> bool:
+    """Whether sums of x take as many registers as the products."""
+    return form.act == 16 and form.bits in (4, 8) and (form.has_offset or form.has_middle)
+
+
 def tiles_of(form: Form, num_tokens: int) -> int:
     """Tiles of 8 tokens of a block: the products' widths that bf16 and integers have."""
+    has_registers = form.act == 16 and form.bits in (4, 16) and not _is_shifted(form)
+    if has_registers and MAX_TOKENS < num_tokens <= 8 * WIDEST:
+        return WIDEST  # one block takes 0.8 to 0.9 of the time of two
     widths = (4, 5, 6, 8, 10, 12, 16) if form.act == 16 else (4, 6, 8, 12, 16)
     share = math.ceil(num_tokens / math.ceil(num_tokens / MAX_TOKENS))
     return next(tiles for tiles in widths if 8 * tiles >= share)
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
-    """The measured best (docs/gpu-notes.md)."""
-    is_shifted = form.act == 16 and form.bits in (4, 8) and (form.has_offset or form.has_middle)
-    if is_shifted:  # sums of x take as many registers as the products
+    """The measured best (docs/gpu-notes.md): warps, as many as the registers allow.
+
+    From 16 tiles on two warpgroups do as well as three, whose blocks of rows do not divide o_proj
+    and down_proj of an 8B model evenly.
+    """
+    has_ones = form.act == 8 and form.group < form.act_group and token_tiles > 4
+    if _is_shifted(form) or has_ones or token_tiles >= 16:
         return Tuning(groups=2)
     if token_tiles <= 8:
         return Tuning(groups=4)
-    if token_tiles <= 12:
-        return Tuning(groups=2 if form.bits == 8 else 3)
-    return Tuning(groups=3 if form.act == 16 and form.bits in (0, 16) else 2)
+    return Tuning(groups=2 if form.bits == 8 else 3)
 
 
 def can_run(form: Form, num_tokens: int, device: int) -> bool:
-    """Whether to use `multiply`: rows enough, warpgroup products, a form that it was run with.
+    """Whether to use `multiply`: rows enough, warpgroup products, a form that it was timed with.
 
-    The other forms compile and have tests (tests/kernels/test_cuda_wide.py) that have not been run.
+    The others are right as well (tests/kernels/test_cuda_wide.py); whether they are faster than in
+    direct.cu was not measured.
     """
-    has_run = form.group >= 64 and form.act_group == 64 and form.bits in (4, 16)
-    has_run = has_run and not (form.has_offset or form.has_middle or form.is_half)
+    was_timed = form.group >= 64 and form.act_group == 64 and form.bits in (4, 16)
+    was_timed = was_timed and not (form.has_offset or form.has_middle or form.is_half)
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return num_tokens >= LEAST_TOKENS and is_hopper and has_run
+    return num_tokens >= LEAST_TOKENS and is_hopper and was_timed
 
 
 @functools.cache
@@ -122,8 +134,8 @@ class _Problem(ctypes.Structure):
             "meta", "base", "rest", "bias", "out", "parts", "arrivals", "flags",
         )),
         *((name, ctypes.c_int) for name in (
-            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "num_units",
-            "num_stages", "passes", "bias_kind", "out_is_float",
+            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "num_row_blocks", "pitch",
+            "num_stages", "units", "num_longer", "passes", "bias_kind", "out_is_float",
         )),
     )  # fmt: skip
 
@@ -135,7 +147,7 @@ class _Instance:
     kernel: Kernel
     grid: tuple[int, int]
     threads: int
-    num_units: int
+    num_row_blocks: int
     num_stages: int
     passes: bool
     smem: int
@@ -180,7 +192,7 @@ def _instance(
         ),
         grid=(num_blocks, token_blocks),
         threads=threads,
-        num_units=num_units,
+        num_row_blocks=row_blocks,
         num_stages=num_stages,
         passes=passes,
         smem=1024 + num_stages * stage + sums,
@@ -220,7 +232,9 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         num_row_tiles=row_tiles,
         num_col_tiles=col_tiles,
         pitch=0 if meta is None else meta.shape[1],
-        num_units=one.num_units,
+        num_row_blocks=one.num_row_blocks,
+        units=one.num_row_blocks * RANGES // one.grid[0],
+        num_longer=one.num_row_blocks * RANGES % one.grid[0],
         num_stages=one.num_stages,
         passes=int(one.passes),
         bias_kind=product.bias_kind,
