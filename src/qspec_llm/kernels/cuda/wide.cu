@@ -123,16 +123,16 @@ DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
 // A warp's tiles in order, from block of rows to block of rows: where this lane reads the next one.
 struct Stream {
   const u8* base;
-  const u8* scales;
   const u8* rest;
+  int to_scales;  // from base; a third pointer is more than the registers hold
 
   DEVICE Stream(const Problem& p, const Lane& l, int row_tile, int column) {
     const size_t tile = (size_t)row_tile * p.num_col_tiles + column;
     base = p.base + tile * BASE_BYTES + l.lane * 16;
     rest = p.rest + tile * REST_BYTES + l.lane * 16;
-    scales = p.base + tile * BASE_BYTES;
 #if BITS
-    scales += scale_at(0, 0, 0) + (GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.g) * 2);
+    const int at = GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.g) * 2;
+    to_scales = scale_at(0, 0, 0) + at - l.lane * 16;
 #endif
   }
 
@@ -156,6 +156,7 @@ struct Stream {
   DEVICE void load_scales(Raw& raw, bool is_there) const {
 #if BITS
     if (!is_there) return;
+    const u8* scales = base + to_scales;
 #if GROUP == 128
     raw.scales[0] = load_once_u16(scales), raw.scales[1] = load_once_u16(scales + 16);
 #elif GROUP == 64
@@ -176,7 +177,7 @@ struct Stream {
 #endif
   }
 
-  DEVICE void skip() { base += BASE_BYTES, scales += BASE_BYTES, rest += REST_BYTES; }
+  DEVICE void skip() { base += BASE_BYTES, rest += REST_BYTES; }
 };
 
 // ---- multiplication ------------------------------------------------------------------------------
