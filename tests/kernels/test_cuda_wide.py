@@ -21,7 +21,15 @@ gpu = pytest.mark.gpu
 TOLERANCE = 2e-5  # of float32 sums: tensor cores keep a few bits less than float32
 # rows not of whole blocks, columns not of whole tiles, fewer tiles than ranges, one of everything
 SHAPES = [(97, 96, 32), (544, 2432, 32), (1056, 576, 64), (1024, 4096, 128)]
-CUTS: list[dict[str, Any]] = [{}, {"units": 3}, {"units": 8}, {"groups": 2}, {"stages": 3}]
+# of 1056 rows: 14 units, or 9 of smaller blocks of rows, pass totals from block to block
+CUTS: list[dict[str, Any]] = [
+    {"units": 3},
+    {"units": 8},
+    {"units": 14},
+    {"groups": 2, "units": 9},
+    {"groups": 3},
+    {"stages": 3},
+]
 
 
 def product(x: Tensor, packed: Any, view: View, out: Tensor, bias: Tensor | None = None) -> Product:
@@ -41,19 +49,31 @@ def poisoned(num_tokens: int, num_rows: int) -> Tensor:
     return torch.full((num_tokens, num_rows), torch.nan, device="cuda")
 
 
-@gpu
-@pytest.mark.parametrize("num_tokens", [17, 32, 45, 64, 100, 200])
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("form", [*FORMS, "bfloat16"])
-def test_rows_are_those_of_the_direct_kernel(form: str, view: str, num_tokens: int) -> None:
+def check_against_direct(form: str, view: View, num_tokens: int) -> None:
     for shape in SHAPES:
         stored = random_stored(form, *shape)
         packed, x = layout.pack(stored), fresh(num_tokens, shape[1])
         out, same = poisoned(num_tokens, shape[0]), poisoned(num_tokens, shape[0])
-        wide.multiply(product(x, packed, VIEWS[view], out))
-        direct.multiply(product(x, packed, VIEWS[view], same))
-        assert_close(out, expected(x, on_gpu(stored), VIEWS[view]), TOLERANCE)
+        wide.multiply(product(x, packed, view, out))
+        direct.multiply(product(x, packed, view, same))
+        assert_close(out, expected(x, on_gpu(stored), view), TOLERANCE)
         assert_same_bits(out, same)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [17, 45, 100])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("form", [*FORMS, "bfloat16"])
+def test_rows_are_those_of_the_direct_kernel(form: str, view: str, num_tokens: int) -> None:
+    check_against_direct(form, VIEWS[view], num_tokens)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [32, 40, 64, 75, 90, 150, 200])
+@pytest.mark.parametrize("view", ["verify", "a8"])
+@pytest.mark.parametrize("form", ["signed16", "signed8", "affine4"])
+def test_products_of_every_width(form: str, view: str, num_tokens: int) -> None:
+    check_against_direct(form, VIEWS[view], num_tokens)
 
 
 @gpu
@@ -66,6 +86,7 @@ def test_the_cut_changes_no_bit(form: str, cut: dict[str, Any]) -> None:
             usual, other = poisoned(num_tokens, 1056), poisoned(num_tokens, 1056)
             one = product(x, packed, view, usual)
             wide.multiply(one)
+            assert wide.tiles_of(one.form, num_tokens) == num_tokens // 8
             chosen = replace(wide.tuning(one.form, num_tokens // 8), **cut)
             wide.multiply(replace(one, out=other), chosen)
             assert_same_bits(other, usual)
@@ -99,7 +120,7 @@ def test_shared_rows_in_a_chain_of_dependent_launches() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for index, step in enumerate(steps):
-            wide.multiply(step, wide.Tuning(groups=4, units=1 + index % 3))
+            wide.multiply(step, wide.Tuning(groups=4, units=(1, 3, 10)[index % 3]))
     for _ in range(20):
         for out in outs:
             out.fill_(torch.nan)
@@ -109,11 +130,21 @@ def test_shared_rows_in_a_chain_of_dependent_launches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_units", "num_col_tiles", "units"),
-    [(192, 32, 2), (128, 32, 1), (896, 32, 8), (128, 112, 1)],  # an 8B layer on 132 multiprocessors
+    ("num_units", "num_col_tiles", "blocks"),
+    # an 8B layer on 132 multiprocessors: blocks of 256 rows, and gate_up's of 128 and of 192
+    [(192, 32, 96), (128, 32, 128), (896, 32, 128), (128, 112, 128), (1792, 32, 132),
+     (1200, 32, 132)],
+)  # fmt: skip
+def test_multiprocessors_are_kept_busy(num_units: int, num_col_tiles: int, blocks: int) -> None:
+    assert wide.blocks_of(num_units, num_col_tiles, 132) == blocks
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "tiles"),
+    [(17, 4), (33, 5), (64, 8), (128, 16), (129, 20), (160, 20), (170, 12), (256, 16)],
 )
-def test_units_keep_multiprocessors_busy(num_units: int, num_col_tiles: int, units: int) -> None:
-    assert wide.units_of(num_units, num_col_tiles, 132) == units
+def test_blocks_hold_no_more_tokens_than_there_are(num_tokens: int, tiles: int) -> None:
+    assert wide.tiles_of(Form(bits=16), num_tokens) == tiles
 
 
 def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +152,7 @@ def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
     forms = [Form(bits=4, act=8), Form(bits=4, group=32, is_signed=False, has_offset=True, act=8),
              Form(bits=8), Form(bits=16), Form(bits=0)]  # fmt: skip
-    for form, token_tiles in zip(forms, [4, 8, 4, 8, 16], strict=True):
+    for form, token_tiles in zip(forms, [4, 6, 5, 10, 16], strict=True):
         shape = {**form.defines(), "NT": token_tiles, "WGS": wide.tuning(form, token_tiles).groups}
         defines = [(key, str(value)) for key, value in {**shape, "RANGES": wide.RANGES}.items()]
         try:

@@ -1,4 +1,4 @@
-// Warpgroup products (sm_90a): 64 rows x 32 to 256 tokens, A in registers, B in shared memory.
+// Warpgroup products (sm_90a): 64 rows x 32 to 160 tokens, A in registers, B in shared memory.
 //
 // Warp w of the warpgroup holds rows 16 w to 16 w + 15 of A as the fragments of mma.m16n8k16 (bf16) or
 // m16n8k32 (bytes); a lane's accumulators are those of the same instruction for every tile of 8 tokens,
@@ -43,13 +43,21 @@ DEVICE void barrier_wait_whole(u32 bar, u32 parity) {
 
 #define TILE_1(k, d, n) k(d[n][0]), k(d[n][1]), k(d[n][2]), k(d[n][3])
 #define TILES_4(k, d, n) TILE_1(k, d, n), TILE_1(k, d, n + 1), TILE_1(k, d, n + 2), TILE_1(k, d, n + 3)
+#define TILES_5(k, d, n) TILES_4(k, d, n), TILE_1(k, d, n + 4)
+#define TILES_6(k, d, n) TILES_5(k, d, n), TILE_1(k, d, n + 5)
 #define TILES_8(k, d, n) TILES_4(k, d, n), TILES_4(k, d, n + 4)
+#define TILES_10(k, d, n) TILES_8(k, d, n), TILE_1(k, d, n + 8), TILE_1(k, d, n + 9)
+#define TILES_12(k, d, n) TILES_8(k, d, n), TILES_4(k, d, n + 8)
 #define TILES_16(k, d, n) TILES_8(k, d, n), TILES_8(k, d, n + 8)
+#define TILES_20(k, d, n) TILES_16(k, d, n), TILES_4(k, d, n + 16)
 #define LIST_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define LIST_32 LIST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define LIST_64                                                                                    \
-  LIST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,"  \
-          "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define LIST_20 LIST_16 ",%16,%17,%18,%19"
+#define LIST_24 LIST_20 ",%20,%21,%22,%23"
+#define LIST_32 LIST_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define LIST_40 LIST_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define LIST_48 LIST_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define LIST_64 LIST_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define LIST_80 LIST_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define FLOAT_NEW(r) "=&f"(r)
 #define FLOAT_SUM(r) "+f"(r)
 #define INT_NEW(r) "=&r"(r)
@@ -75,16 +83,36 @@ DEVICE void barrier_wait_whole(u32 bar, u32 parity) {
 // 16 columns of bf16
 DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 4, "m64n32k16.f32.bf16.bf16", LIST_16, "%16", "%17", "%18",
              "%19", "%20", ", 1, 1, 0")
+DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 5, "m64n40k16.f32.bf16.bf16", LIST_20, "%20", "%21", "%22",
+             "%23", "%24", ", 1, 1, 0")
+DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 6, "m64n48k16.f32.bf16.bf16", LIST_24, "%24", "%25", "%26",
+             "%27", "%28", ", 1, 1, 0")
 DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 8, "m64n64k16.f32.bf16.bf16", LIST_32, "%32", "%33", "%34",
              "%35", "%36", ", 1, 1, 0")
+DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 10, "m64n80k16.f32.bf16.bf16", LIST_40, "%40", "%41", "%42",
+             "%43", "%44", ", 1, 1, 0")
+DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 12, "m64n96k16.f32.bf16.bf16", LIST_48, "%48", "%49", "%50",
+             "%51", "%52", ", 1, 1, 0")
 DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 16, "m64n128k16.f32.bf16.bf16", LIST_64, "%64", "%65", "%66",
              "%67", "%68", ", 1, 1, 0")
+DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 20, "m64n160k16.f32.bf16.bf16", LIST_80, "%80", "%81", "%82",
+             "%83", "%84", ", 1, 1, 0")
 // 32 columns of bytes
 DEFINE_WGMMA(wgmma_s8, int, INT, 4, "m64n32k32.s32.s8.s8", LIST_16, "%16", "%17", "%18", "%19",
              "%20", "")
 DEFINE_WGMMA(wgmma_u8s8, int, INT, 4, "m64n32k32.s32.u8.s8", LIST_16, "%16", "%17", "%18", "%19",
              "%20", "")
+DEFINE_WGMMA(wgmma_s8, int, INT, 6, "m64n48k32.s32.s8.s8", LIST_24, "%24", "%25", "%26", "%27",
+             "%28", "")
+DEFINE_WGMMA(wgmma_u8s8, int, INT, 6, "m64n48k32.s32.u8.s8", LIST_24, "%24", "%25", "%26", "%27",
+             "%28", "")
 DEFINE_HOLD(float, FLOAT, 4)
+DEFINE_HOLD(float, FLOAT, 5)
+DEFINE_HOLD(float, FLOAT, 6)
 DEFINE_HOLD(float, FLOAT, 8)
+DEFINE_HOLD(float, FLOAT, 10)
+DEFINE_HOLD(float, FLOAT, 12)
 DEFINE_HOLD(float, FLOAT, 16)
+DEFINE_HOLD(float, FLOAT, 20)
 DEFINE_HOLD(int, INT, 4)
+DEFINE_HOLD(int, INT, 6)

@@ -7,14 +7,18 @@
 //
 // The order of a sum depends on the matrix alone, and direct.cu has the same: the columns are cut into
 // RANGES, range r from tile num_col_tiles * r / RANGES on; a range is summed from 0, group by group, and
-// the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows:
-// a thread block takes the next so many, in order. Of the rows that it has from range 0 on it keeps the
-// total in shared memory; the sums of other ranges, and totals that lack later ranges, go to a
-// workspace. Those who share rows wait for each other at their end and fold a slice each.
+// the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows: a
+// thread block takes so many in a row. What it has of one block of rows is a share, and it computes its
+// last share first. The total of a share so far lies in shared memory. Rows that are shared:
+//   where thread blocks have few units, a total that lacks later ranges and the sums of ranges behind
+//   others' go to a workspace; all who share rows wait for each other at their end and fold a slice
+//   each. Where they have at least RANGES - 1 (`passes`), nobody is between two others: the first
+//   passes its total on, early, since its last share is computed first, and the next goes on from it.
 //
 // Further compile-time parameters (the weights' form is in tile.cuh):
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
-//   NT    tiles of 8 tokens: 4, 8 or 16      WGS    warpgroups      RANGES ranges of columns
+//   NT    tiles of 8 tokens: 4, 5, 6, 8, 10, 12, 16 or 20; of int8 x 4, 6, 8, 12 or 16
+//   WGS   warpgroups         RANGES ranges of columns
 
 #include "tile.cuh"
 #include "wgmma.cuh"
@@ -33,6 +37,7 @@
 #define THREADS (WARPS * 32)
 #define MAX_STAGES 32
 #define ITEMS (THREADS * NT)  // groups of four sums in a block's range
+#define ROLLS (BITS == 16 && NT > 8)  // products stay in flight from tile to tile
 
 struct Problem {
   const u8* meta;  // [groups][pitch] {float scale, int sum}
@@ -42,41 +47,35 @@ struct Problem {
   u8* out;
   float4* parts;  // [token block, row block][RANGES][ITEMS]
   u32* arrivals;  // [token block, row block]: ranges whose sums are there, RANGES more every time
-  int num_tokens, num_rows, num_row_tiles, num_col_tiles;
-  int pitch, num_units, num_stages;
+  u32* flags;     // [token block, row block][WARPS]: a total waits for the next thread block
+  int num_tokens, num_rows, num_row_tiles, num_col_tiles, num_row_blocks;
+  int pitch, num_stages;
+  int units, num_longer;  // of thread blocks
+  int passes;     // shared rows: totals pass from thread block to thread block
   int bias_kind;  // 0 none, 1 bf16, 2 float32
   int out_is_float;
 };
 
-DEVICE int range_start(const Problem& p, int range) { return p.num_col_tiles * range / RANGES; }
+DEVICE int range_start(const Problem& p, int range) {
+  return (u32)p.num_col_tiles * (u32)range / RANGES;
+}
 
-// The first unit of thread block i, and the thread block of a unit.
-DEVICE int first_unit(const Problem& p, int i) { return (int)((long long)p.num_units * i / gridDim.x); }
+// The first unit of thread block i, and the thread block of a unit: the first `num_longer` have one
+// unit more than the others.
+DEVICE int first_unit(const Problem& p, int i) { return p.units * i + min(i, p.num_longer); }
 
 DEVICE int owner_of(const Problem& p, int unit) {
-  return (int)(((long long)(unit + 1) * gridDim.x - 1) / p.num_units);
+  const int behind = unit - (p.units + 1) * p.num_longer;
+  return behind < 0 ? unit / (p.units + 1) : p.num_longer + behind / p.units;
 }
 
-// Tiles before a unit, counted through all blocks of rows.
-DEVICE int tiles_before(const Problem& p, int unit) {
-  return unit / RANGES * p.num_col_tiles + range_start(p, unit % RANGES);
-}
-
-// Where the sums of a block of rows lie in the workspace.
+// Where the sums of a block of rows lie in the workspace, counted in blocks of rows.
 DEVICE int place_of(const Problem& p, int block) {
-  return blockIdx.y * (p.num_units / RANGES) + block;
+  return blockIdx.y * p.num_row_blocks + block;
 }
 
 struct Lane {
   int lane, g, t, warp;
-};
-
-// A place in the ring of x, and whether it is being used an odd time.
-struct Slot {
-  int index, parity;
-  DEVICE void advance(int count) {
-    if (++index == count) index = 0, parity ^= 1;
-  }
 };
 
 // ---- weights: global memory to registers ---------------------------------------------------------
@@ -91,15 +90,25 @@ struct Slot {
 struct Raw {
   uint4 pieces[2][PIECES];
 #if BITS
+#if GROUP == 128
+  u32 scales[2];  // of rows g and g + 8
+#if OFFSET
+  u32 offsets[2];
+#endif
+#else
   u32 scales;  // of 16 rows and all groups, spread over the warp's lanes
 #if OFFSET
   u32 offsets;
 #endif
 #endif
+#endif
 };
 
 #if BITS
-// The scale, or offset, of this lane's row g or g + 8, out of the lane that holds it.
+// The scale, or offset, of this lane's row g or g + 8.
+#if GROUP == 128
+DEVICE u32 spread(const Lane& l, const u32 (&plane)[2], int group, int upper) { return plane[upper]; }
+#else
 DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
 #if GROUP == 32
   const u32 pair = __shfl_sync(~0u, plane, group * 8 + upper * 4 + l.g / 2);
@@ -109,20 +118,21 @@ DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
 #endif
 }
 #endif
+#endif
 
 // A warp's tiles in order, from block of rows to block of rows: where this lane reads the next one.
 struct Stream {
   const u8* base;
-  const u8* scales;
   const u8* rest;
+  int to_scales;  // from base; a third pointer is more than the registers hold
 
   DEVICE Stream(const Problem& p, const Lane& l, int row_tile, int column) {
     const size_t tile = (size_t)row_tile * p.num_col_tiles + column;
     base = p.base + tile * BASE_BYTES + l.lane * 16;
     rest = p.rest + tile * REST_BYTES + l.lane * 16;
-    scales = p.base + tile * BASE_BYTES;
 #if BITS
-    scales += scale_at(0, 0, 0) + (GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.lane % 16) * 2);
+    const int at = GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.g) * 2;
+    to_scales = scale_at(0, 0, 0) + at - l.lane * 16;
 #endif
   }
 
@@ -146,29 +156,37 @@ struct Stream {
   DEVICE void load_scales(Raw& raw, bool is_there) const {
 #if BITS
     if (!is_there) return;
-#if GROUP == 32
-    raw.scales = load_once_u32(scales);
-#else
+    const u8* scales = base + to_scales;
+#if GROUP == 128
+    raw.scales[0] = load_once_u16(scales), raw.scales[1] = load_once_u16(scales + 16);
+#elif GROUP == 64
     raw.scales = load_once_u16(scales);
+#else
+    raw.scales = load_once_u32(scales);
 #endif
 #if OFFSET
-#if GROUP == 32
-    raw.offsets = load_once_u32(scales + GROUPS_PER_TILE * 32);
+    const u8* offsets = scales + GROUPS_PER_TILE * 32;
+#if GROUP == 128
+    raw.offsets[0] = load_once_u16(offsets), raw.offsets[1] = load_once_u16(offsets + 16);
+#elif GROUP == 64
+    raw.offsets = load_once_u16(offsets);
 #else
-    raw.offsets = load_once_u16(scales + GROUPS_PER_TILE * 32);
+    raw.offsets = load_once_u32(offsets);
 #endif
 #endif
 #endif
   }
 
-  DEVICE void skip(size_t tiles) {
-    base += tiles * BASE_BYTES, scales += tiles * BASE_BYTES, rest += tiles * REST_BYTES;
-  }
+  DEVICE void skip() { base += BASE_BYTES, rest += REST_BYTES; }
 };
 
 // ---- multiplication ------------------------------------------------------------------------------
 
 typedef float Accumulators[NT][4];
+
+DEVICE void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 
 // One tile of columns of x: its descriptor, and the shared address of its scales and sums.
 struct TileOfX {
@@ -204,13 +222,14 @@ DEVICE float row_shift(const Lane& l, const Raw& raw, int group, int upper) {
 #endif
 #define NEEDS_SUM (LEFT_OF_ZERO || HAS_SHIFT)
 #define NEEDS_ONES (NEEDS_SUM && GROUP < ACT_GROUP)
-#define SUBTILES (NT / 4)                         // 32 tokens each
+#define SUB_NT (NT == 6 ? 6 : 4)                  // tiles of 8 tokens in a product
+#define SUBTILES (NT / SUB_NT)
 #define SUBGROUPS (64 / SUBGROUP)                 // of half a tile
 #define PRODUCTS (2 * SUBGROUPS * SUBTILES)       // of a tile
 
 DEVICE u32 raised(u32 codes) {
 #if SIGNED
-  return codes + 0x11111111u - ((codes >> 3) & 0x11111111u);  // c >= 8 stays, c < 8 grows by 1
+  return codes + ((~codes & 0x88888888u) >> 3);  // c >= 8 stays, c < 8 grows by 1
 #else
   return codes;
 #endif
@@ -228,11 +247,11 @@ DEVICE void signed_bytes_of(u32 (&a)[4], u32 first, u32 second) {
   a[2] = signed_bytes(second << 4), a[3] = signed_bytes(second);
 }
 
-// Integer products of a subgroup of columns and 32 tokens.
+// Integer products of a subgroup of columns and 32 or 48 tokens.
 struct IntegerProduct {
-  int d[4][4];
+  int d[SUB_NT][4];
 #if NEEDS_ONES
-  int ones[4][4];
+  int ones[SUB_NT][4];
 #endif
 };
 
@@ -243,8 +262,8 @@ DEVICE void add_product(Accumulators& acc, IntegerProduct& of, const Lane& l, u3
   hold(of.ones);
 #endif
 #pragma unroll
-  for (int n = 0; n < 4; n++) {
-    const uint4 m = load_shared4(meta + ((subtile * 4 + n) * 8 + 2 * l.t) * 8);
+  for (int n = 0; n < SUB_NT; n++) {
+    const uint4 m = load_shared4(meta + ((subtile * SUB_NT + n) * 8 + 2 * l.t) * 8);
     const float xs[2] = {__uint_as_float(m.x), __uint_as_float(m.z)};
 #if NEEDS_ONES
     const int sum[2] = {of.ones[n][0], of.ones[n][1]};
@@ -253,7 +272,7 @@ DEVICE void add_product(Accumulators& acc, IntegerProduct& of, const Lane& l, u3
 #endif
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      float& to = acc[subtile * 4 + n][i];
+      float& to = acc[subtile * SUB_NT + n][i];
       const int level = of.d[n][i] + LEFT_OF_ZERO * sum[i & 1];
       to = fmaf((float)level, xs[i & 1] * scale[i >> 1], to);
 #if HAS_SHIFT
@@ -314,7 +333,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #pragma unroll
       for (int step = 0; step < SUBGROUP / 32; step++) {
         const int at_step = sub * (SUBGROUP / 32) + step;
-        const u32 b = tile.x + (subtile * 4096 + h * 64 + at_step * 32) / 16;
+        const u32 b = tile.x + (subtile * SUB_NT * 1024 + h * 64 + at_step * 32) / 16;
         if (step == 0) wgmma_s8<false>(product[j & 1].d, a[h][at_step], b);
         else wgmma_s8<true>(product[j & 1].d, a[h][at_step], b);
 #if BITS == 8
@@ -407,7 +426,12 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #else
 // The bf16 weights themselves, put together from their planes or dense ones, 32 columns at a time.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
-                          const Stream& next, bool is_there) {
+                          const Stream& next, bool is_there
+#if ROLLS
+                          ,
+                          u32 release
+#endif
+) {
 #if BITS == 16
   u32 scale[GROUPS_PER_TILE][2], half[GROUPS_PER_TILE][2];
 #pragma unroll
@@ -422,7 +446,10 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {
     const int h = pair / 2;
-    if (pair >= 2) wgmma_wait<1>();  // the registers of the pair before the last are free
+    if (ROLLS || pair >= 2) wgmma_wait<1>();  // the registers of the pair before the last are free
+#if ROLLS
+    if (pair == 1 && l.lane == 0 && release) barrier_arrive(release);  // so is the tile before
+#endif
     u32 a[2][4];
 #if BITS == 0
 #pragma unroll
@@ -457,8 +484,10 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     }
 #endif
   }
+#if !ROLLS
   wgmma_wait<0>();
   hold(acc);
+#endif
 }
 #endif
 
@@ -508,13 +537,58 @@ DEVICE Lane lane_of(int thread) {
   return l;
 }
 
-// The total of the ranges so far lies in shared memory, each thread's own.
-DEVICE u32 total_at(u32 totals, int n) { return totals + (n * THREADS + threadIdx.x) * 16; }
+// Ranges [first, last) of a block of rows.
+struct Share {
+  int block, first, last;
+};
 
+DEVICE Share share_of(int begin, int end, int block) {
+  return {block, max(begin - block * RANGES, 0), min(end - block * RANGES, RANGES)};
+}
+
+// This lane's sums in the workspace, [n][thread].
+DEVICE void write_sums(float4* to, const Accumulators& acc) {
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    __stcg(to + n * THREADS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
+  }
+}
+
+// A total for the same warp of the next thread block, which goes on from there.
+DEVICE void pass_on(const Problem& p, const Lane& l, const Accumulators& total, int block) {
+  write_sums(p.parts + (size_t)place_of(p, block) * ITEMS + threadIdx.x, total);
+  __syncwarp();
+  if (l.lane == 0) {
+    u32* flag = p.flags + place_of(p, block) * WARPS + l.warp;
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+  }
+}
+
+// What the thread block before this one passed on; acc is added to it.
+DEVICE void go_on(const Problem& p, const Lane& l, Accumulators& acc, int block) {
+  u32* flag = p.flags + place_of(p, block) * WARPS + l.warp;
+  if (l.lane == 0) {
+    u32 is_there;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(is_there) : "l"(flag) : "memory");
+    } while (!is_there);
+    *flag = 0;
+  }
+  __syncwarp();
+  const float4* from = p.parts + (size_t)place_of(p, block) * ITEMS + threadIdx.x;
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    const float4 before = __ldcg(from + n * THREADS);
+    acc[n][0] = before.x + acc[n][0], acc[n][1] = before.y + acc[n][1];
+    acc[n][2] = before.z + acc[n][2], acc[n][3] = before.w + acc[n][3];
+  }
+}
+
+// The total of a share so far lies in shared memory, [n][thread]: `totals` is this thread's place.
 DEVICE void add_total(Accumulators& acc, u32 totals) {
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    const uint4 before = load_shared4(total_at(totals, n));
+    const uint4 before = load_shared4(totals + n * (THREADS * 16));
     acc[n][0] = __uint_as_float(before.x) + acc[n][0];
     acc[n][1] = __uint_as_float(before.y) + acc[n][1];
     acc[n][2] = __uint_as_float(before.z) + acc[n][2];
@@ -522,27 +596,35 @@ DEVICE void add_total(Accumulators& acc, u32 totals) {
   }
 }
 
-// A range of a block of rows is summed. This thread block has ranges [first, last) of those rows.
-DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 totals, int block,
-                      int range, int first, int last) {
-  if (first == 0 && range > 0) add_total(acc, totals);
-  if (first == 0 && range + 1 < last) {
+DEVICE void keep_total(u32 totals, const Accumulators& acc) {
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      store_shared4(total_at(totals, n), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
-    }
-  } else if (first == 0 && last == RANGES) {
+  for (int n = 0; n < NT; n++) {
+    store_shared4(totals + n * (THREADS * 16), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
+  }
+}
+
+// A range of a share is summed.
+DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 totals,
+                      const Share& share, int range) {
+  if (range > share.first) {
+    if (share.first == 0 || p.passes) add_total(acc, totals);
+  } else if (share.first > 0 && p.passes) {
+    go_on(p, l, acc, share.block);
+  }
+  if (share.first > 0 && !p.passes) {
+    const size_t at = (size_t)place_of(p, share.block) * RANGES + range;
+    write_sums(p.parts + at * ITEMS + threadIdx.x, acc);
+  } else if (range + 1 < share.last) {
+    keep_total(totals, acc);
+  } else if (share.last == RANGES) {
     float bias[2];
-    bias_of_rows(bias, p, block, l);
+    bias_of_rows(bias, p, share.block, l);
 #pragma unroll
-    for (int n = 0; n < NT; n++) store_sums(p, block, l, n, acc[n], bias);
-  } else {  // a total takes the place of range 0
-    const size_t at = (size_t)place_of(p, block) * RANGES + (first == 0 ? 0 : range);
-    float4* to = p.parts + at * ITEMS + threadIdx.x;
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-      __stcg(to + n * THREADS, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
-    }
+    for (int n = 0; n < NT; n++) store_sums(p, share.block, l, n, acc[n], bias);
+  } else if (p.passes) {
+    pass_on(p, l, acc, share.block);
+  } else {  // the total takes the place of range 0
+    write_sums(p.parts + (size_t)place_of(p, share.block) * RANGES * ITEMS + threadIdx.x, acc);
   }
   clear(acc);
 }
@@ -626,8 +708,30 @@ DEVICE void fetch_x(const Problem& p, const Ring& ring, const TensorMap* map, in
 
 // What a thread block seldom looks at lies in shared memory; registers are short.
 struct Seldom {
-  int begin, end, num_tiles;     // units, and their tiles
+  int begin, end;                 // units
+  int num_tiles;                  // of all shares: the last block of rows first, the first one last
+  int head_column, head_tiles;    // of the first share
+  int whole_tiles, tail_column;   // of those in the middle, and of the last
   u32 all_of_first, all_of_last;  // arrivals to wait for, of rows that others share
+
+  DEVICE void plan(const Problem& p, int i) {
+    begin = first_unit(p, i), end = first_unit(p, i + 1);
+    const int first_block = begin / RANGES, last_block = (end - 1) / RANGES;
+    const int first_column = range_start(p, begin % RANGES);
+    head_column = first_block == last_block ? first_column : 0;
+    head_tiles = range_start(p, end - last_block * RANGES) - head_column;
+    whole_tiles = max(last_block - first_block - 1, 0) * p.num_col_tiles;
+    tail_column = first_column;
+    num_tiles = head_tiles + whole_tiles;
+    if (first_block < last_block) num_tiles += p.num_col_tiles - tail_column;
+    all_of_first = all_of_last = 0;
+  }
+
+  DEVICE int column_of(const Problem& p, int tile) const {
+    if (tile < head_tiles) return head_column + tile;
+    const int behind = tile - head_tiles;
+    return behind < whole_tiles ? behind % p.num_col_tiles : behind - whole_tiles + tail_column;
+  }
 };
 
 // The tiles of x of a thread block are fetched by its warps in turn. A warp's next turn: when all have
@@ -635,33 +739,40 @@ struct Seldom {
 #define LAG 2
 
 struct Turn {
-  int index, column, slot, parity;
+  int index, slot, parity;
 
   // At which tile; never if there are no more tiles.
   DEVICE int due(const Problem& p, int num_tiles) const {
     return index < num_tiles ? index - p.num_stages + LAG : -1;
   }
 
-  DEVICE void take(const Problem& p, const Ring& ring, const TensorMap* map, int lane) {
+  DEVICE void take(const Problem& p, const Ring& ring, const TensorMap* map, const Seldom& seldom,
+                   int lane) {
     if (index >= p.num_stages) barrier_wait(ring.empty + slot * 8, parity ^ 1);
-    fetch_x(p, ring, map, slot, column, lane);
-    index += WARPS, column += WARPS, slot += WARPS;
-    wrap(p);
-  }
-
-  DEVICE void wrap(const Problem& p) {
+    fetch_x(p, ring, map, slot, seldom.column_of(p, index), lane);
+    index += WARPS, slot += WARPS;
     while (slot >= p.num_stages) slot -= p.num_stages, parity ^= 1;
-    while (column >= p.num_col_tiles) column -= p.num_col_tiles;
   }
+};
+
+// Where a warp is, of which its loop over tiles knows only the next tile at which it must look here.
+// In shared memory, since registers are short.
+struct Progress {
+  int due;        // the tile at which it is its turn to fetch x
+  int wrap;       // at which the ring of x starts again
+  int switch_at;  // whose next weights are those of another share
+  int range_end;  // with which another range begins
+  int range;
+  Share share;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wide(const __grid_constant__ TensorMap map, const __grid_constant__ Problem p) {
   extern __shared__ u8 raw_bytes[];
   __shared__ u64 barriers[2 * MAX_STAGES];
-  __shared__ Seldom seldom_there;
-  __shared__ Turn turns_there[WARPS];
-  volatile Seldom& seldom = seldom_there;
+  __shared__ Seldom seldom;
+  __shared__ Turn turns[WARPS];
+  __shared__ Progress progress[WARPS];
   launch_dependents();
   const Lane l = lane_of(threadIdx.x);
   Ring ring;
@@ -669,78 +780,132 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   ring.meta = ring.x + p.num_stages * X_BYTES;
   asm volatile("mov.u32 %0, %1;" : "=r"(ring.full) : "r"(smem_address(barriers)));  // computed once
   ring.empty = ring.full + MAX_STAGES * 8;
+  const u32 totals = ring.meta + p.num_stages * META_BYTES + threadIdx.x * 16;
 
-  int unit = first_unit(p, blockIdx.x), due, jump, limit;
-  const int first_column = range_start(p, unit % RANGES);
-  Stream next(p, l, unit / RANGES * WARPS + l.warp, first_column);
   Raw raw = {};
+  Share share;
   {
-    const int end = first_unit(p, blockIdx.x + 1);
-    const int num_tiles = tiles_before(p, end) - tiles_before(p, unit);
-    // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
-    limit = unit / RANGES * WARPS + l.warp < p.num_row_tiles ? num_tiles : 0;
-    jump = p.num_col_tiles - first_column;  // the tile from which on `next` is in the next block of rows
-    // the first weights are on their way before anything else happens
-    next.load_scales(raw, 0 < limit);
-    next.load_half(raw, 0 < limit, 0);
-    next.load_half(raw, 0 < limit, 1);
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < p.num_stages; i++) {
-        barrier_init(ring.full + i * 8, 1);
-        barrier_init(ring.empty + i * 8, WARPS);
-      }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      seldom.begin = unit, seldom.end = end, seldom.num_tiles = num_tiles;
-      seldom.all_of_first = seldom.all_of_last = 0;
+    const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
+    share = share_of(begin, end, (end - 1) / RANGES);
+  }
+  const int row_tile = share.block * WARPS + l.warp;
+  Stream next(p, l, row_tile, range_start(p, share.first));
+  // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
+  bool is_there = row_tile < p.num_row_tiles;
+  // the first weights are on their way before anything else happens
+  next.load_scales(raw, is_there);
+  next.load_half(raw, is_there, 0);
+  next.load_half(raw, is_there, 1);
+  if (l.warp == 0) {
+    for (int i = l.lane; i < p.num_stages; i += 32) {
+      barrier_init(ring.full + i * 8, 1);
+      barrier_init(ring.empty + i * 8, WARPS);
     }
-    __syncthreads();
-    wait_for_earlier_kernels();
-    Turn turn = {l.warp, first_column + l.warp, l.warp, 0};
-    turn.wrap(p);
-    while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, l.lane);
-    due = turn.due(p, num_tiles);
-    if (l.lane == 0) turns_there[l.warp] = turn;
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  if (threadIdx.x == 32) seldom.plan(p, blockIdx.x);
+  if (threadIdx.x == 64) prefetch_map(&map);
+  __syncthreads();
+  wait_for_earlier_kernels();
+  const volatile Seldom& rare = seldom;
+  volatile Progress& at = progress[l.warp];
+  {
+    const int num_tiles = rare.num_tiles;
+    Turn turn = {l.warp, l.warp, 0};
+    while (turn.slot >= p.num_stages) turn.slot -= p.num_stages, turn.parity ^= 1;
+    while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, seldom, l.lane);
+    if (l.lane == 0) {
+      turns[l.warp] = turn;
+      at.due = turn.due(p, num_tiles), at.wrap = 0, at.switch_at = rare.head_tiles - 1;
+      at.range = share.first;
+      at.range_end = range_start(p, share.first + 1) - range_start(p, share.first);
+      at.share.block = share.block, at.share.first = share.first, at.share.last = share.last;
+    }
     __syncwarp();
   }
 
   Accumulators acc;
   clear(acc);
-  Slot slot = {0, 0};
   int tile = 0;
-  do {
-    int stop = tile + range_start(p, unit % RANGES + 1) - range_start(p, unit % RANGES);
-    for (; tile < stop; tile++) {
+  TileOfX of_x;
+  u32 full, parity = 1;
+#if ROLLS
+  u32 release = 0;  // of the tile whose products are still in flight
+#endif
+  for (;;) {
+    if (tile < at.range_end) {  // a range may be empty
+      int due = at.due, wrap = at.wrap, switch_at = at.switch_at;
+      __syncwarp();
       if (tile == due) {
-        Turn turn = turns_there[l.warp];
+        Turn turn = turns[l.warp];
         __syncwarp();
-        turn.take(p, ring, &map, l.lane);
-        due = turn.due(p, seldom.num_tiles);
-        if (l.lane == 0) turns_there[l.warp] = turn;
-        __syncwarp();
+        turn.take(p, ring, &map, seldom, l.lane);
+        due = turn.due(p, rare.num_tiles);
+        if (l.lane == 0) turns[l.warp] = turn, at.due = due;
       }
-      next.skip(1);
-      if (tile + 1 == jump) {
-        const int row_tile = (unit / RANGES + 1) * WARPS + l.warp;
-        next.skip((size_t)(WARPS - 1) * p.num_col_tiles);
-        limit = row_tile < p.num_row_tiles ? limit : 0;
-        jump += p.num_col_tiles;
+      if (tile == wrap) {
+        wrap += p.num_stages, parity ^= 1, full = ring.full;
+        of_x.x = x_descriptor(ring.x), of_x.meta = ring.meta;
+        if (l.lane == 0) at.wrap = wrap;
       }
-      const TileOfX of_x = {x_descriptor(ring.x + slot.index * X_BYTES), ring.meta + slot.index * META_BYTES};
-      barrier_wait_whole(ring.full + slot.index * 8, slot.parity);
-      multiply_tile(acc, raw, l, of_x, next, tile + 1 < limit);
-      if (l.lane == 0) barrier_arrive(ring.empty + slot.index * 8);
-      slot.advance(p.num_stages);
+      if (tile == switch_at) {
+        is_there = tile + 1 < rare.num_tiles;
+        if (is_there) {
+          const Share other = share_of(rare.begin, rare.end, at.share.block - 1);
+          const int first_column = range_start(p, other.first);
+          next = Stream(p, l, other.block * WARPS + l.warp, first_column - 1);
+          switch_at += p.num_col_tiles - first_column;
+          if (l.lane == 0) at.switch_at = switch_at;
+        }
+      }
+      int stop = min((int)at.range_end, wrap);
+      if (due > tile) stop = min(stop, due);
+      if (switch_at > tile) stop = min(stop, switch_at);
+      __syncwarp();
+      do {
+        next.skip();
+        barrier_wait_whole(full, parity);
+#if ROLLS
+        multiply_tile(acc, raw, l, of_x, next, is_there, release);
+        release = full + MAX_STAGES * 8;
+#else
+        multiply_tile(acc, raw, l, of_x, next, is_there);
+        if (l.lane == 0) barrier_arrive(full + MAX_STAGES * 8);
+#endif
+        of_x.x += X_BYTES / 16, of_x.meta += META_BYTES, full += 8;
+      } while (++tile < stop);
+      if (tile < at.range_end) continue;
     }
-    const int block = unit / RANGES, range = unit % RANGES, begin = seldom.begin, end = seldom.end;
-    const int first = max(begin - block * RANGES, 0), last = min(end - block * RANGES, RANGES);
-    end_range(p, l, acc, ring.meta + p.num_stages * META_BYTES, block, range, first, last);
-    unit++;
-    if (range + 1 == last && (first > 0 || last < RANGES)) {
-      const u32 all = arrive(p, block, last - first);
-      if (threadIdx.x == 0) (block == begin / RANGES ? seldom.all_of_first : seldom.all_of_last) = all;
+#if ROLLS
+    wgmma_wait<0>();
+    hold(acc);
+#endif
+    Share done;
+    done.block = at.share.block, done.first = at.share.first, done.last = at.share.last;
+    int range = at.range;
+    __syncwarp();
+    end_range(p, l, acc, totals, done, range);
+    if (++range == done.last) {
+      const int begin = rare.begin, end = rare.end;
+      if (!p.passes && (done.first > 0 || done.last < RANGES)) {
+        const u32 all = arrive(p, done.block, done.last - done.first);
+        if (threadIdx.x == 0) {
+          (done.block == begin / RANGES ? seldom.all_of_first : seldom.all_of_last) = all;
+        }
+      }
+      if (done.block == begin / RANGES) break;
+      done = share_of(begin, end, done.block - 1);
+      range = done.first;
     }
-  } while (unit < seldom.end);
+    if (l.lane == 0) {
+      at.share.block = done.block, at.share.first = done.first, at.share.last = done.last;
+      at.range = range;
+      at.range_end = at.range_end + range_start(p, range + 1) - range_start(p, range);
+    }
+    __syncwarp();
+  }
+  if (p.passes) return;
   __syncthreads();
   if (seldom.all_of_first) fold(p, seldom.begin / RANGES, seldom.all_of_first);
   if (seldom.all_of_last) fold(p, (seldom.end - 1) / RANGES, seldom.all_of_last);

@@ -1,4 +1,4 @@
-"""Launches of wide.cu: generated rows from 17 on, up to 128 at a time, on Hopper.
+"""Launches of wide.cu: generated rows from 17 on, up to 160 at a time, on Hopper.
 
 The workspace in which blocks leave the sums of ranges belongs to the device: products of one device
 are launched on one stream at a time, or in graphs that are replayed so.
@@ -16,15 +16,27 @@ from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, 
 from qspec_llm.kernels.cuda.form import Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS
 
-__all__ = ["LEAST_TOKENS", "MAX_TOKENS", "Tuning", "can_run", "multiply", "tuning", "units_of"]
+__all__ = [
+    "LEAST_TOKENS",
+    "MAX_TOKENS",
+    "Tuning",
+    "blocks_of",
+    "can_run",
+    "multiply",
+    "tiles_of",
+    "tuning",
+]
 
 LEAST_TOKENS = 17  # below, direct.cu reads the same bytes with less ado
-MAX_TOKENS = 128  # of a block; more are cut into blocks of so many
+MAX_TOKENS = 128  # of a block; more are cut into equal blocks
+WIDEST = 20  # tiles of 8 tokens that a block can hold of bf16, where its registers suffice
 RANGES = 8  # of columns: direct.cu sums in the same ones
 MAX_STAGES = 32
-SMEM = (227 << 10) - 1024 - 16 * MAX_STAGES  # of a block, less alignment and barriers
+SMEM = (227 << 10) - 1024 - 1536  # of a block, less alignment and what is not dynamic
 WORKSPACE_BYTES = 64 << 20
 WORKSPACE_COUNTERS = 4096
+MAX_WARPS = 16  # of a thread block
+LEAST_PASSED = 7  # units of a thread block from which on no rows are shared by three
 
 
 @dataclass(frozen=True)
@@ -33,41 +45,65 @@ class Tuning:
 
     Attributes:
         groups: warpgroups, 64 rows each: 2, 3 or 4.
-        units: of a thread block; None lets `units_of` choose.
+        units: most of a thread block; None lets `blocks_of` choose.
         stages: most tiles of x in shared memory.
+        tiles: of 8 tokens in a block; None lets `tiles_of` choose.
     """
 
     groups: int
     units: int | None = None
     stages: int = MAX_STAGES
+    tiles: int | None = None
+
+
+def _is_shifted(form: Form) -> bool:
+    """Whether sums of x take as many registers as the products."""
+    return form.act == 16 and form.bits in (4, 8) and (form.has_offset or form.has_middle)
+
+
+def tiles_of(form: Form, num_tokens: int) -> int:
+    """Tiles of 8 tokens of a block: the products' widths that bf16 and integers have."""
+    has_registers = form.act == 16 and form.bits in (4, 16) and not _is_shifted(form)
+    if has_registers and MAX_TOKENS < num_tokens <= 8 * WIDEST:
+        return WIDEST  # one block takes 0.8 to 0.9 of the time of two
+    widths = (4, 5, 6, 8, 10, 12, 16) if form.act == 16 else (4, 6, 8, 12, 16)
+    share = math.ceil(num_tokens / math.ceil(num_tokens / MAX_TOKENS))
+    return next(tiles for tiles in widths if 8 * tiles >= share)
 
 
 def tuning(form: Form, token_tiles: int) -> Tuning:
-    """The measured best (docs/gpu-notes.md)."""
-    is_shifted = form.act == 16 and form.bits in (4, 8) and (form.has_offset or form.has_middle)
-    if token_tiles > 8 or is_shifted:  # sums of x take as many registers as the products
+    """The measured best (docs/gpu-notes.md): warps, as many as the registers allow.
+
+    From 16 tiles on two warpgroups do as well as three, whose blocks of rows do not divide o_proj
+    and down_proj of an 8B model evenly.
+    """
+    has_ones = form.act == 8 and form.group < form.act_group and token_tiles > 4
+    if _is_shifted(form) or has_ones or token_tiles >= 16:
         return Tuning(groups=2)
-    return Tuning(groups=4)
+    if token_tiles <= 8:
+        return Tuning(groups=4)
+    return Tuning(groups=2 if form.bits == 8 else 3)
 
 
 def can_run(form: Form, num_tokens: int, device: int) -> bool:
-    """Whether to use `multiply`: rows enough, warpgroup products, a form that it was run with.
+    """Whether to use `multiply`: rows enough, warpgroup products, a form that it was timed with.
 
-    The other forms compile and have tests (tests/kernels/test_cuda_wide.py) that have not been run.
+    The others are right as well (tests/kernels/test_cuda_wide.py); whether they are faster than in
+    direct.cu was not measured.
     """
-    has_run = form.group >= 64 and form.act_group == 64 and form.bits in (4, 16)
-    has_run = has_run and not (form.has_offset or form.has_middle or form.is_half)
+    was_timed = form.group >= 64 and form.act_group == 64 and form.bits in (4, 16)
+    was_timed = was_timed and not (form.has_offset or form.has_middle or form.is_half)
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return num_tokens >= LEAST_TOKENS and is_hopper and has_run
+    return num_tokens >= LEAST_TOKENS and is_hopper and was_timed
 
 
 @functools.cache
-def units_of(num_units: int, num_col_tiles: int, slots: int) -> int:
-    """How many units a thread block takes: with which the busiest multiprocessor is done first.
+def blocks_of(num_units: int, num_col_tiles: int, slots: int) -> int:
+    """Thread blocks among which units are dealt out: with which the busiest is done first.
 
-    A thread block costs about the time of two tiles of columns besides its own, and of six more
-    where it shares rows: sums go through the L2 and everyone waits for everyone (measured on
-    gate_up, where even shares for 128 multiprocessors lost to whole blocks of rows on 112).
+    A thread block costs about the time of two tiles of columns besides its own. Where it shares
+    rows, it costs one more if it has so many units that totals pass from one to the next, and
+    else six: sums go through the L2 and everyone waits for everyone.
 
     Args:
         num_units: ranges of blocks of rows, of one block of tokens.
@@ -75,11 +111,19 @@ def units_of(num_units: int, num_col_tiles: int, slots: int) -> int:
         slots: thread blocks that run at once.
     """
 
-    def cost(units: int) -> float:
-        turns = math.ceil(math.ceil(num_units / units) / slots)
-        return turns * (num_col_tiles * units / RANGES + 2) + 6 * (units < RANGES)
+    def cost(blocks: int) -> float:
+        units = math.ceil(num_units / blocks)
+        sharing = 0 if blocks * RANGES == num_units else 1 if _passes(num_units, blocks) else 6
+        turns = math.ceil(blocks / slots)
+        return turns * (num_col_tiles * units / RANGES + 2) + sharing
 
-    return min(range(1, RANGES + 1), key=cost)
+    shares = [math.ceil(num_units / units) for units in range(1, RANGES + 1)]
+    passing = min(slots, num_units // LEAST_PASSED)
+    return min([*reversed(shares), passing] if passing else shares, key=cost)
+
+
+def _passes(num_units: int, num_blocks: int) -> bool:
+    return num_units // num_blocks >= LEAST_PASSED
 
 
 class _Problem(ctypes.Structure):
@@ -87,11 +131,11 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "meta", "base", "rest", "bias", "out", "parts", "arrivals",
+            "meta", "base", "rest", "bias", "out", "parts", "arrivals", "flags",
         )),
         *((name, ctypes.c_int) for name in (
-            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "num_units",
-            "num_stages", "bias_kind", "out_is_float",
+            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "num_row_blocks", "pitch",
+            "num_stages", "units", "num_longer", "passes", "bias_kind", "out_is_float",
         )),
     )  # fmt: skip
 
@@ -103,8 +147,9 @@ class _Instance:
     kernel: Kernel
     grid: tuple[int, int]
     threads: int
-    num_units: int
+    num_row_blocks: int
     num_stages: int
+    passes: bool
     smem: int
     box: tuple[int, int]
 
@@ -113,7 +158,7 @@ class _Instance:
 def _instance(
     form: Form, row_tiles: int, col_tiles: int, num_tokens: int, device: int, chosen: Tuning | None
 ) -> _Instance:
-    token_tiles = next(tiles for tiles in (4, 8, 16) if 8 * tiles >= min(num_tokens, MAX_TOKENS))
+    token_tiles = (chosen and chosen.tiles) or tiles_of(form, num_tokens)
     tokens = token_tiles * 8
     tuned = chosen or tuning(form, token_tiles)
     threads = tuned.groups * 128
@@ -121,11 +166,17 @@ def _instance(
     token_blocks = math.ceil(num_tokens / tokens)
     sums = threads * token_tiles * 16  # bytes of a range of a block of rows
     places = row_blocks * token_blocks
-    fits = places <= WORKSPACE_COUNTERS and places * RANGES * sums <= WORKSPACE_BYTES
     slots = max(1, num_multiprocessors(device) // token_blocks)
     num_units = row_blocks * RANGES
-    units = tuned.units or units_of(num_units, col_tiles, slots) if fits else RANGES
-    num_blocks = math.ceil(num_units / units)
+    num_blocks = blocks_of(num_units, col_tiles, slots)
+    if tuned.units:
+        num_blocks = math.ceil(num_units / tuned.units)
+    if col_tiles < RANGES:  # there are empty ranges: a thread block must not have these alone
+        num_blocks = row_blocks
+    passes = _passes(num_units, num_blocks)
+    room = places * sums * (1 if passes else RANGES)
+    if places > WORKSPACE_COUNTERS or room > WORKSPACE_BYTES:
+        num_blocks, passes = row_blocks, True  # nothing is shared
     stage = tokens * TILE_COLS * form.act // 8
     if form.act == 8:
         stage += TILE_COLS // form.act_group * tokens * 8
@@ -141,19 +192,22 @@ def _instance(
         ),
         grid=(num_blocks, token_blocks),
         threads=threads,
-        num_units=num_units,
+        num_row_blocks=row_blocks,
         num_stages=num_stages,
+        passes=passes,
         smem=1024 + num_stages * stage + sums,
         box=(tokens, 128 if form.act == 8 else 64),
     )
 
 
 @functools.cache
-def _workspace(device: int) -> tuple[Tensor, Tensor]:
-    """Where blocks of the same rows leave sums for each other, and count each other."""
+def _workspace(device: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where blocks of the same rows leave sums for each other, and count and flag them."""
     where = torch.device("cuda", device)
     parts = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=where)
-    return parts, torch.zeros(WORKSPACE_COUNTERS, dtype=torch.int32, device=where)
+    arrivals = torch.zeros(WORKSPACE_COUNTERS, dtype=torch.int32, device=where)
+    flags = torch.zeros(WORKSPACE_COUNTERS * MAX_WARPS, dtype=torch.int32, device=where)
+    return parts, arrivals, flags
 
 
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
@@ -163,7 +217,7 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
     device = product.weight.base.device.index
     one = _instance(product.form, row_tiles, col_tiles, num_tokens, device, chosen)
     rest, bias, meta = product.rest, product.bias, product.meta
-    parts, arrivals = _workspace(device)
+    parts, arrivals, flags = _workspace(device)
     problem = _Problem(
         meta=None if meta is None else meta.data_ptr(),
         base=product.weight.base.data_ptr(),
@@ -172,13 +226,17 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         out=product.out.data_ptr(),
         parts=parts.data_ptr(),
         arrivals=arrivals.data_ptr(),
+        flags=flags.data_ptr(),
         num_tokens=num_tokens,
         num_rows=product.weight.shape[0],
         num_row_tiles=row_tiles,
         num_col_tiles=col_tiles,
         pitch=0 if meta is None else meta.shape[1],
-        num_units=one.num_units,
+        num_row_blocks=one.num_row_blocks,
+        units=one.num_row_blocks * RANGES // one.grid[0],
+        num_longer=one.num_row_blocks * RANGES % one.grid[0],
         num_stages=one.num_stages,
+        passes=int(one.passes),
         bias_kind=product.bias_kind,
         out_is_float=int(product.out.dtype is torch.float32),
     )
