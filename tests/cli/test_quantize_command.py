@@ -73,9 +73,10 @@ def test_the_table_and_the_plan_are_shown(model_dir, tmp_path, text, capsys):
     assert "plan: draft a16, eight_bits" in out  # bytes cost nothing here
 
 
-def test_a_model_with_outlier_columns_is_shown(model_dir, tmp_path, text, capsys):
+@pytest.mark.parametrize("more", [[], ["--method", "awq"], ["--asymmetric"]], ids=str)
+def test_a_model_with_outlier_columns_is_run_and_shown(model_dir, tmp_path, text, capsys, more):
     report = quantize(
-        model_dir, tmp_path / "q", text, capsys, "--target", "int4", "--outliers", "32"
+        model_dir, tmp_path / "q", text, capsys, "--target", "int4", "--outliers", "32", *more
     )
     assert report["outliers"] == 32
     texts = [generate(tmp_path / "q", capsys, "--draft", "a4", "--gamma", g) for g in ("0", "3")]

@@ -12,7 +12,7 @@ section 4.1) moves them to the end of the matrix and keeps them in 8 bits. Here 
 
 Atom gives every linear an order of its own and moves the columns in every step. With one order for
 the residual stream nothing is moved while the model runs, and little is lost: the same channels are
-large in all layers (docs/quantising.md). The first N columns of the inputs of q, k, v, gate, up and
+large in all layers (docs/fidelity.md). The first N columns of the inputs of q, k, v, gate, up and
 down have 8 bits in an a4 draft, those of o none. All columns are sorted, so that groups of 32 hold
 channels of one size, as in RPTQ (Yuan et al. 2023, arXiv 2304.01089).
 
