@@ -73,6 +73,20 @@ def test_the_table_and_the_plan_are_shown(model_dir, tmp_path, text, capsys):
     assert "plan: draft a16, eight_bits" in out  # bytes cost nothing here
 
 
+@pytest.mark.parametrize("more", [[], ["--method", "awq"], ["--asymmetric"]], ids=str)
+def test_a_model_with_outlier_columns_is_run_and_shown(model_dir, tmp_path, text, capsys, more):
+    report = quantize(
+        model_dir, tmp_path / "q", text, capsys, "--target", "int4", "--outliers", "32", *more
+    )
+    assert report["outliers"] == 32
+    texts = [generate(tmp_path / "q", capsys, "--draft", "a4", "--gamma", g) for g in ("0", "3")]
+    assert texts[0]["results"][0]["token_ids"] == texts[1]["results"][0]["token_ids"]
+    assert main(["inspect", str(tmp_path / "q")]) == 0
+    out = capsys.readouterr().out
+    assert "a4 drafts see the first 32 columns of the inputs of q, k, v, gate, up and down" in out
+    assert "outliers 32" in out
+
+
 @pytest.mark.parametrize(("bits", "share"), [("4", 0.54), ("8", 1.0)])
 def test_draft_bits_are_what_was_asked(model_dir, tmp_path, text, capsys, bits, share):
     quantize(model_dir, tmp_path / "q", text, capsys, "--target", "int8", "--method", "rtn",
@@ -104,6 +118,14 @@ def test_a_plan_can_be_made_again(model_dir, tmp_path, text, capsys):
         (["--group", "48"], "group is 48; it must be one of (32, 64, 128)"),
         (["--calibration", "nowhere.jsonl"], "the calibration text nowhere.jsonl cannot be read"),
         (["--calibration-tokens", "5"], "gives 0 sequences within 5 tokens"),
+        (["--outliers", "32"], "target 'bf16' cannot be reordered"),
+        (["--target", "int4", "--outliers", "48"], "outliers is 48; it must be a multiple of 32"),
+        (["--target", "int4", "--outliers", "0"], "outliers is 0; it must be a multiple of 32"),
+        (["--target", "int4", "--outliers", "96"], "a multiple of 32 up to 64"),
+        (
+            ["--target", "int4", "--outliers", "32", "--rotate"],
+            "--rotate leaves no outliers to keep; take it or --outliers",
+        ),
         (["--calibration-tokens", "0"], "calibration_tokens is 0; it must be at least 1"),
     ],
 )

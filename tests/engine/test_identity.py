@@ -62,10 +62,11 @@ def test_speculation_changes_nothing(target, draft, gamma, decoders, plain):
 
 @pytest.mark.parametrize("draft", Activation)
 @pytest.mark.parametrize("backend_name", ["reference", "cpu"])
-def test_speculation_changes_nothing_in_a_rotated_model(backend_name, draft):
+@pytest.mark.parametrize("change", [{"hadamard": 64}, {"outliers": 32}], ids=str)
+def test_speculation_changes_nothing_in_a_changed_model(change, backend_name, draft):
     if backend_name not in available_backends():
         pytest.skip(f"backend {backend_name!r} does not run here")
-    fields = {"hadamard": 64, "head_draft": Activation.A8}
+    fields = {**change, "head_draft": Activation.A8}
     decoder = tiny_decoder(Target.INT4, backend=backend_name, **fields)
     prompts = ragged_prompts(8, VOCABULARY)
     plain = run_model(decoder, prompts, greedy(NUM_TOKENS))
@@ -75,8 +76,9 @@ def test_speculation_changes_nothing_in_a_rotated_model(backend_name, draft):
                 decoder, prompts[:batch], greedy(NUM_TOKENS), gamma=gamma, view=draft_view(draft)
             )
             assert_identical(run, first(plain, batch))
-    unrotated = run_model(tiny_decoder(Target.INT4, backend=backend_name), prompts, greedy(2))
-    assert not same_bits(plain.logits[0][:2], unrotated.logits[0])
+    unchanged = run_model(tiny_decoder(Target.INT4, backend=backend_name), prompts, greedy(2))
+    # a rotation changes sums; outliers (here of weights in any order) nothing but an a4 draft
+    assert same_bits(plain.logits[0][:2], unchanged.logits[0]) is ("outliers" in change)
 
 
 @pytest.mark.parametrize("target", Target)

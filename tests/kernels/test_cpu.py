@@ -116,6 +116,28 @@ def test_linear(form: str, view: str, num_rows: int, num_cols: int, group: int, 
             assert_same_bits(alone, actual[17 - count :])
 
 
+@pytest.mark.parametrize("outliers", [32, 96, 544])
+def test_linear_with_outlier_columns(outliers: int, isa: str) -> None:
+    stored, bias = random_stored("affine4", 50, 576), gaussian(50, seed=3)
+    packed = cpu.pack(stored)
+    view = replace(VIEWS["a4"], outliers=outliers)
+    for dtype in TYPES:
+        x = gaussian(17, 576, dtype=dtype)
+        expected = reference.linear(x, stored, bias, view, some_rows(), torch.float32)
+        for count in (1, 2, 3):  # threads, whose shares begin at columns of their own
+            cpu.set_num_threads(count)
+            actual = cpu.linear(x, packed, bias, view, some_rows(), torch.float32)
+            assert_close(actual, expected, TOLERANCE[dtype])
+            alone = cpu.linear(x[4:5].contiguous(), packed, bias, view, some_rows(), torch.float32)
+            assert_same_bits(alone, actual[4:5])
+        plain = cpu.linear(x, packed, bias, VIEWS["a4"], some_rows(), torch.float32)
+        assert (plain - expected).norm() > 0.01 * expected.norm()
+        for name in ("a8", "a16", "verify"):  # nobody else looks at it
+            other = replace(VIEWS[name], outliers=outliers)
+            pair = [cpu.linear(x, packed, bias, v, some_rows()) for v in (VIEWS[name], other)]
+            assert_same_bits(*pair)
+
+
 def test_linear_rounds_once_to_its_output_type(isa: str) -> None:
     packed = cpu.pack(random_stored("signed16", 50, 96))
     x = gaussian(3, 96, dtype=torch.bfloat16)
@@ -276,12 +298,10 @@ CONFIG = ModelConfig(
 
 
 def tiny_decoder(
-    ops: Any, dtype: torch.dtype, form: str, *, is_fused: bool, hadamard: int | None = None
+    ops: Any, dtype: torch.dtype, form: str, *, is_fused: bool, **changes: Any
 ) -> Decoder:
     """Two layers of random weights; q, k, v and gate, up in one part each or in several."""
-    config, seed = replace(CONFIG, hadamard=hadamard), iter(range(1000))
-    if hadamard:
-        config = replace(config, head_draft=Activation.A8)
+    config, seed = replace(CONFIG, **changes), iter(range(1000))
 
     def vector(size: int) -> Tensor:
         return gaussian(size, dtype=torch.bfloat16, seed=next(seed)) * 0.1 + 1
@@ -344,12 +364,16 @@ def test_whole_step_equals_the_operations_one_by_one(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("view", ["verify", "a4"])
-def test_whole_step_of_a_rotated_model_equals_the_operations_one_by_one(
-    view: str, dtype: torch.dtype, isa: str
+@pytest.mark.parametrize(
+    ("view", "change"),
+    [("verify", {"hadamard": 64}), ("a4", {"hadamard": 64}), ("a4", {"outliers": 64})],
+    ids=str,
+)
+def test_whole_step_of_a_changed_model_equals_the_operations_one_by_one(
+    view: str, change: dict[str, int], dtype: torch.dtype, isa: str
 ) -> None:
-    # 96 and 160 columns: orders 32 and 32 of 64
-    made = {"is_fused": True, "hadamard": 64}
+    # 96 and 160 columns: Hadamard orders 32 and 32 of 64
+    made = {"is_fused": True, "head_draft": Activation.A8, **change}
     slow, slow_kv = run_passes(
         tiny_decoder(without_whole_step(), dtype, "affine4", **made), view, 300
     )
@@ -361,8 +385,9 @@ def test_whole_step_of_a_rotated_model_equals_the_operations_one_by_one(
         for ours, theirs in zip(fast_kv, slow_kv, strict=True):
             assert_same_bits(ours.keys, theirs.keys)
             assert_same_bits(ours.values, theirs.values)
-    unrotated, _ = run_passes(tiny_decoder(cpu, dtype, "affine4", is_fused=True), view, 300)
-    assert not torch.equal(unrotated[0], fast[0])
+    made = {"is_fused": True, "head_draft": Activation.A8}
+    unchanged, _ = run_passes(tiny_decoder(cpu, dtype, "affine4", **made), view, 300)
+    assert not torch.equal(unchanged[0], fast[0])
 
 
 @pytest.mark.parametrize("form", ["signed16", "signed8", "affine4_offset"])

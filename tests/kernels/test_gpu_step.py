@@ -9,6 +9,7 @@ import torch
 from helpers_cpu import VIEWS, assert_same_bits, run_passes
 
 from helpers_engine import tiny_decoder
+from helpers_weights import refused
 from qspec_llm.kernels import available_backends, reference
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.weights.quantize import Target
@@ -44,3 +45,13 @@ def test_a_whole_pass_equals_the_operations_one_by_one(
     for ours_kv, theirs_kv in zip(fused_kv, plain_kv, strict=True):
         assert_same_bits(ours_kv.keys, theirs_kv.keys)
         assert_same_bits(ours_kv.values, theirs_kv.values)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"hadamard": 64}, "rotated inputs"), ({"outliers": 32}, "outlier columns in 8 bits")],
+)
+def test_models_that_it_cannot_run_are_refused(change: dict[str, int], words: str) -> None:
+    decoder = tiny_decoder(Target.INT4, backend="cuda", **change)
+    with refused(words, "--backend cpu"):
+        run_passes(decoder, "a4", 20)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def exact_verify(x: Tensor, weight: Planes | Dense) -> Tensor:
     return x.double() @ wide.double().T
 
 
-def exact_draft(x: Tensor, weight: Planes, activation: Activation) -> Tensor:
+def exact_draft(x: Tensor, weight: Planes, activation: Activation, outliers: int = 0) -> Tensor:
     """The draft's product from its integers: dot products in int64, scales in float64."""
     spec, num_rows = weight.spec, len(x)
     code = unpack_nibbles(weight.q4, spec.group).long()  # [N, K/G, G]
@@ -72,10 +73,12 @@ def exact_draft(x: Tensor, weight: Planes, activation: Activation) -> Tensor:
         top, group = (127, 64) if activation is Activation.A8 else (7, 32)
         group = group if x.shape[1] % group == 0 else 32
         grouped = x.float().numpy().reshape(num_rows, -1, group)
-        size = np.abs(grouped).max(-1, keepdims=True) / np.float32(top)
+        tops = np.full((grouped.shape[1], 1), top, np.float32)
+        tops[: outliers // group] = 127
+        size = np.abs(grouped).max(-1, keepdims=True) / tops
         with np.errstate(invalid="ignore"):
             q = np.nan_to_num(np.rint(grouped / size))  # half to even, like the definition
-        assert np.abs(q).max() <= top
+        assert (np.abs(q) <= tops).all()
         q = torch.from_numpy(q.reshape(num_rows, -1, 32)).long()  # [R, K/32, 32]
         size = torch.from_numpy(size[..., 0]).repeat_interleave(group // 32, 1)
 
@@ -117,6 +120,31 @@ def test_linear_draft(form: str, shape: tuple[int, int, int], activation: Activa
         out = reference.linear(x, planes, None, view, any_rows(), torch.float32)
         assert out.dtype == torch.float32
         assert_close(out, exact_draft(x, planes, activation), 2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("outliers", [32, 64, 640])
+def test_linear_draft_with_outlier_columns(form: str, outliers: int) -> None:
+    planes = random_planes(form, 5, 640, 128)
+    for num_rows in (1, 9, 70):
+        x = inputs(num_rows, 640, torch.bfloat16)
+        view = replace(draft_view(Activation.A4), outliers=outliers)
+        out = reference.linear(x, planes, None, view, any_rows(), torch.float32)
+        assert_close(out, exact_draft(x, planes, Activation.A4, outliers), 2e-6)
+        plain = exact_draft(x, planes, Activation.A4)
+        assert num_rows == 1 or (out - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_outlier_columns_have_the_levels_of_a8_and_the_groups_of_a4() -> None:
+    x = inputs(6, 96, torch.float32)  # 64 does not divide it: groups of 32 in a8 too
+    q, scale = reference.quantize_activations(x, Activation.A4, 64)
+    wide, wide_scale = reference.quantize_activations(x, Activation.A8)
+    narrow, narrow_scale = reference.quantize_activations(x, Activation.A4)
+    assert_same_bits(q, torch.cat((wide[:, :2], narrow[:, 2:]), 1))
+    assert_same_bits(scale, torch.cat((wide_scale[:, :2], narrow_scale[:, 2:]), 1))
+    for activation in (Activation.A8, Activation.A16):
+        plain = reference.round_activations(x, activation)
+        assert_same_bits(reference.round_activations(x, activation, 64), plain)
 
 
 @pytest.mark.parametrize("view", [VERIFY, *map(draft_view, Activation)], ids=str)

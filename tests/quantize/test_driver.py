@@ -213,18 +213,25 @@ def test_offsets_are_stored(
     assert stored.spec.bits_stored == 5
 
 
-def test_a_rotated_model_agrees_with_four_bit_activations(uneven: Path, tmp_path: Path) -> None:
-    """Channels that are 30 times larger than others cost a plain a4 draft, not a rotated one."""
+def test_a_prepared_model_agrees_with_four_bit_activations(uneven: Path, tmp_path: Path) -> None:
+    """Channels that are 30 times larger than others cost a plain a4 draft, not one of a model that
+    was rotated, or whose outliers come first."""
     tokenizer = HFTokenizer(uneven)
     text = encode(SENTENCES, tokenizer, 10_000)
     errors = {}
-    for rotate in (False, True):
-        how = Options(target=Target.INT4, method=Method.MSE, group=32, rotate=rotate)
-        path = tmp_path / f"q{rotate}"
+    for rotate, outliers in ((False, None), (True, None), (False, 32)):
+        how = Options(
+            target=Target.INT4, method=Method.MSE, group=32, rotate=rotate, outliers=outliers
+        )
+        path = tmp_path / f"q{rotate}{outliers}"
         run(uneven, path, text, how)
         checkpoint = open_checkpoint(path)
-        assert (read_config(checkpoint).hadamard is not None) is rotate
+        config = read_config(checkpoint)
+        assert (config.hadamard is not None) is rotate
+        assert config.outliers == outliers
+        assert config.can_draft_a4 is (rotate or outliers is not None)
         assert checkpoint.made["rotated"] is rotate
+        assert checkpoint.made["outliers"] == (outliers or 0)
         decoder = decoder_of(path, Target.INT4)
         tokens = tuple(text.tokens[text.spans()[-1]].tolist())
         script = Script(tokens[:1], tokens[1:])
@@ -234,8 +241,9 @@ def test_a_rotated_model_agrees_with_four_bit_activations(uneven: Path, tmp_path
             (step.logits["draft"] - step.logits["verify"]).norm() / step.logits["verify"].norm()
             for step in read_along(runners, [script], ByteTokenizer(), drafts=drafts)
         ]
-        errors[rotate] = float(torch.stack(wrong).mean())
-    assert errors[True] < 0.8 * errors[False]
+        errors[rotate, outliers] = float(torch.stack(wrong).mean())
+    assert errors[True, None] < 0.8 * errors[False, None]
+    assert errors[False, 32] < 0.8 * errors[False, None]
 
 
 @pytest.fixture(scope="module")

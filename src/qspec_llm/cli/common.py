@@ -84,11 +84,11 @@ def _notes(llm: LLM, *, is_default: bool) -> Iterator[str]:
             f"the {llm.config.target} target decodes plainly by default, since its draft saves too "
             "few bytes to pay; --gamma N drafts all the same"
         )
-    is_rotated = llm.model_config.hadamard is not None
-    if llm.config.draft == "a4" and llm.config.gamma and not is_rotated:
+    is_prepared = llm.model_config.can_draft_a4
+    if llm.config.draft == "a4" and llm.config.gamma and not is_prepared:
         yield (
-            "4-bit activations on weights that were not rotated agree seldom (on 0.6 to 0.7 of the "
-            "tokens of SmolLM2); the text stays the same, drafting will hardly pay"
+            "4-bit activations agree seldom on weights made without --rotate or --outliers (on 0.6 "
+            "to 0.7 of the tokens of SmolLM2); the text stays the same, drafting will hardly pay"
         )
 
 

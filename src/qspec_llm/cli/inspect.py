@@ -134,6 +134,11 @@ def _show(config: ModelConfig, engine: EngineConfig, lines: list[_Row], rows: li
             f"the linears take inputs rotated by Hadamard matrices of up to {config.hadamard} rows"
             f"{head} or more"
         )
+    if config.outliers is not None:
+        console.print(
+            f"a4 drafts see the first {config.outliers} columns of the inputs of q, k, v, gate, up "
+            f"and down in 8 bits, the largest; the LM head drafts with {config.head_draft} or more"
+        )
     table = Table(box=None, pad_edge=False)
     for title in ("tensor", "shape", "in file", "stored as"):
         table.add_column(title, overflow="fold")

@@ -131,6 +131,13 @@ def _add_quantize(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="int4 alone: rotate the inputs of linears, which makes drafts with a4 agree",
     )
     parser.add_argument(
+        "--outliers",
+        type=int,
+        metavar="N",
+        help="int4 alone, instead of --rotate: the N largest columns of the linears' inputs have 8 "
+        "bits in drafts with a4, a multiple of 32",
+    )
+    parser.add_argument(
         "--calibration",
         default="builtin",
         metavar="FILE",

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         group=args.group,
         draft=parse_choice(Activation, args.draft, "draft"),
         rotate=args.rotate,
+        outliers=args.outliers,
         asymmetric=args.asymmetric,
     )
     has_codes = checkpoint.kind == "gguf" and resolve_target("auto", checkpoint) is Target.INT4

@@ -133,7 +133,9 @@ class Backend(Protocol):
     ) -> Tensor:
         """x [R, K] times the view's weights [N, K] transposed, plus bias [N]: [R, N].
 
-        Accumulates in float32 at least; returns `out_dtype`, by default that of x.
+        Accumulates in float32 at least; returns `out_dtype`, by default that of x. What a draft
+        sees of x is `reference.quantize_activations`; of a model whose a4 drafts have outlier
+        columns a backend may refuse `whole_step`.
         """
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 from qspec_llm.errors import QSpecError
 from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.checkpoint.safetensors_dir import read_json
+from qspec_llm.weights.outliers import OUTLIERS_KEY
 from qspec_llm.weights.rotation import ROTATION_KEY
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import OUTLIER_GROUP, Activation
 
 __all__ = ["ModelConfig", "RopeScaling", "read_config"]
 
@@ -44,8 +45,9 @@ class ModelConfig:
 
     `hadamard` is the rotation that the linears' weights expect of their inputs, as the order of
     the largest Hadamard matrix (`weights.hadamard.order_for`), None for none; the LM head's input
-    is not rotated. `head_draft` is the narrowest activations that the head's drafts see, None for
-    the view's own.
+    is not rotated. `outliers` is how many columns at the beginning of the inputs of q, k, v, gate,
+    up and down a4 drafts see in 8 bits (`weights.outliers`), None for none. `head_draft` is the
+    narrowest activations that the head's drafts see, None for the view's own.
     """
 
     family: str
@@ -63,6 +65,7 @@ class ModelConfig:
     context_length: int
     eos_token_ids: tuple[int, ...] = ()
     hadamard: int | None = None
+    outliers: int | None = None
     head_draft: Activation | None = None
 
     def __post_init__(self) -> None:
@@ -83,8 +86,26 @@ class ModelConfig:
             type(self.hadamard) is not int or self.hadamard < 1 or self.hadamard.bit_count() != 1
         ):
             raise QSpecError(f"the model's Hadamard order {self.hadamard!r} is no power of two")
+        if self.outliers is not None:
+            self._check_outliers(self.outliers)
         if self.head_dim % 2:
             raise QSpecError(f"head size {self.head_dim} is odd, so it has no rotary halves")
+
+    def _check_outliers(self, outliers: int) -> None:
+        most = min(self.hidden_size, self.intermediate_size)
+        is_whole = type(outliers) is int and outliers % OUTLIER_GROUP == 0
+        if not is_whole or not 0 < outliers <= most:
+            raise QSpecError(
+                f"outliers is {outliers!r}; it must be a multiple of {OUTLIER_GROUP} up to "
+                f"{most // OUTLIER_GROUP * OUTLIER_GROUP}, as wide as this model's linears are"
+            )
+        if self.hadamard is not None:
+            raise QSpecError("a rotated model has no outlier columns: a rotation spreads them")
+
+    @property
+    def can_draft_a4(self) -> bool:
+        """Whether 4-bit activations were prepared for, so that drafts with them agree."""
+        return self.hadamard is not None or self.outliers is not None
 
     @property
     def query_size(self) -> int:
@@ -97,12 +118,12 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back. Of a rotation only what there is."""
+        """Plain JSON values; `from_dict` reads them back. How a4 is prepared for only if it is."""
         values = asdict(self)
         return {
             name: value
             for name, value in values.items()
-            if value is not None or name not in ("hadamard", "head_draft")
+            if value is not None or name not in ("hadamard", "outliers", "head_draft")
         }
 
     @classmethod
@@ -127,7 +148,10 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
     readers = {"hf": _from_hf, "gguf": _from_gguf, "nested": _from_nested}
     try:
         config = readers[checkpoint.kind](checkpoint)
-        return replace(config, **checkpoint.metadata.get(ROTATION_KEY, {}))
+        changed: dict[str, Any] = {}
+        for key in (ROTATION_KEY, OUTLIERS_KEY):
+            changed |= checkpoint.metadata.get(key, {})
+        return replace(config, **changed)
     except KeyError as error:
         raise QSpecError(f"the configuration of {checkpoint.path} lacks {error}") from None
     except QSpecError:

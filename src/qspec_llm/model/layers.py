@@ -3,7 +3,7 @@
 State comes in as arguments: one `Rows`, one `View`, one layer of KV. Nothing is remembered.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ def decoder_layer(
     rows: Rows,
 ) -> Tensor:
     """One layer: x [R, hidden] plus its attention, plus its MLP."""
+    view = replace(view, outliers=config.outliers or 0)
     hidden = _turned(ops, config, ops.rms_norm(x, layer.input_norm, config.norm_eps))
     x = x + _attention(ops, config, hidden, layer, kv, rotation, view, rows)
     hidden = _turned(ops, config, ops.rms_norm(x, layer.post_attention_norm, config.norm_eps))
@@ -104,8 +105,9 @@ def _attention(
     query = ops.rope(query, rotation.cos, rotation.sin)  # [R, heads, D]
     key = ops.rope(key, rotation.cos, rotation.sin)  # [R, KV heads, D]
     ops.write_kv(key, value, kv, view, rows)
-    out = ops.attention(query, kv, view, rows)
-    return linear(ops, _turned(ops, config, out.flatten(1)), layer.output, view, rows)
+    out = _turned(ops, config, ops.attention(query, kv, view, rows).flatten(1))
+    # its columns keep their heads' order, so that none of them are known to be outliers
+    return linear(ops, out, layer.output, replace(view, outliers=0), rows)
 
 
 def _mlp(

@@ -20,6 +20,7 @@ from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.quantize.unfinished import Unfinished
 from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.methods import Moments
+from qspec_llm.weights.outliers import reordered
 from qspec_llm.weights.planes import GROUPS, Dense, Stored, draft_weight, verify_weight
 from qspec_llm.weights.quantize import Recipe, Target, nest
 from qspec_llm.weights.rotation import rotated
@@ -48,6 +49,8 @@ class Options:
         draft: activations that the draft will see.
         rotate: whether linears take rotated inputs (`weights.rotation`), so that 4-bit activations
             agree; only `int4`, since another target is the original's weights, unrotated.
+        outliers: columns of the linears' inputs, the largest, that a4 drafts see in 8 bits
+            (`weights.outliers`); None leaves columns where they are. Only `int4`, as `rotate`.
         asymmetric: whether a group has an offset besides its scale (`int4` alone): 5 bits a weight
             instead of 4.5 in groups of 32.
     """
@@ -57,6 +60,7 @@ class Options:
     group: int
     draft: Activation = Activation.A8
     rotate: bool = False
+    outliers: int | None = None
     asymmetric: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +76,13 @@ class Options:
                 f"target {self.target.value!r} cannot be rotated: it is the original's weights, "
                 "which a rotation changes; use --target int4"
             )
+        if self.outliers is not None and self.target is not Target.INT4:
+            raise QSpecError(
+                f"target {self.target.value!r} cannot be reordered: it is the original bit for "
+                "bit, which sums in another order are not; --outliers goes with --target int4"
+            )
+        if self.outliers is not None and self.rotate:
+            raise QSpecError("--rotate leaves no outliers to keep; take it or --outliers")
         if self.asymmetric and self.target is not Target.INT4:
             raise QSpecError(
                 f"target {self.target.value!r} has no offsets; --asymmetric goes with --target int4"
@@ -148,11 +159,16 @@ def quantize(
     if checkpoint.kind == "nested":
         raise QSpecError(f"{checkpoint.path} is nested already; quantise the original")
     config = read_config(checkpoint)
+    if options.outliers is not None:
+        config = replace(config, outliers=options.outliers)  # refused before anything is written
     about = {**asdict(options), "calibration": _digest(text), "model": str(checkpoint.path)}
     output = Unfinished(path, about)
-    if options.rotate:
+    if options.rotate or options.outliers is not None:
         magnitudes = input_magnitudes(checkpoint, config, text)
-        checkpoint = rotated(checkpoint, head_dim=config.head_dim, magnitudes=magnitudes)
+        if options.outliers is not None:
+            checkpoint = reordered(checkpoint, outliers=options.outliers, magnitudes=magnitudes)
+        else:
+            checkpoint = rotated(checkpoint, head_dim=config.head_dim, magnitudes=magnitudes)
         config = read_config(checkpoint)
     run = _Run(checkpoint, config, options, text, output)
     for done in run.parts():
@@ -164,6 +180,7 @@ def quantize(
         "group": options.group,
         "draft": options.draft.value,
         "rotated": options.rotate,
+        "outliers": options.outliers or 0,
         "asymmetric": options.asymmetric,
         "calibration_tokens": text.num_fitted,
         "agreement": report.agreement,

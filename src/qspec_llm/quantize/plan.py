@@ -102,7 +102,7 @@ def make_plan(path: Path, text: CalibrationText, *, threads: int | None = None) 
     checkpoint = NestedCheckpoint(path)
     config = read_config(checkpoint)
     activations = [Activation.A8, Activation.A16]
-    if config.hadamard is not None:
+    if config.can_draft_a4:
         activations.insert(0, Activation.A4)
     units = measure(checkpoint, config, checkpoint.target, text.first(PLAN_TOKENS))
     open_names = [name for unit in units if unit.more_bytes for name in unit.names]

@@ -147,7 +147,9 @@ class _Pass:
         for names, (inputs, parts) in taps.linears.items():
             mine, slopes = slopes[: len(parts)], slopes[len(parts) :]
             pairs = [(stored[name], part) for name, part in zip(names, mine, strict=True)]
-            units.append(_unit(names, inputs.detach(), pairs))
+            is_output = names[0].endswith(f"{OUTPUT[0]}.weight")
+            outliers = 0 if is_output else self._config.outliers or 0
+            units.append(_unit(names, inputs.detach(), pairs, outliers))
         return units, before
 
     def _head_activation(self, activation: Activation) -> Activation:
@@ -188,14 +190,17 @@ class _Taps:
 
 
 def _unit(
-    names: tuple[str, ...], inputs: Tensor, pairs: Sequence[tuple[Planes | Dense, Tensor]]
+    names: tuple[str, ...],
+    inputs: Tensor,
+    pairs: Sequence[tuple[Planes | Dense, Tensor]],
+    outliers: int,
 ) -> Unit:
     divergence = {}
     for key in _choices([stored for stored, _ in pairs]):
         along = torch.zeros(len(inputs))
         for stored, slope in pairs:
             change = inputs @ _exact(stored).T
-            change -= _rounded(inputs, stored, key[1]) @ _draft(stored, key[0]).T
+            change -= _rounded(inputs, stored, key[1], outliers) @ _draft(stored, key[0]).T
             along += (slope * change).sum(-1)
         divergence[key] = float(along.square().mean()) / 2
     return Unit(names, divergence, _more_bytes([stored for stored, _ in pairs]))
@@ -213,8 +218,10 @@ def _more_bytes(stored: Sequence[Planes | Dense]) -> int:
     return sum(one.r4.nbytes for one in stored if isinstance(one, Planes) and one.r4 is not None)
 
 
-def _rounded(x: Tensor, stored: Planes | Dense, activation: Activation) -> Tensor:
-    return x if isinstance(stored, Dense) else round_activations(x, activation)
+def _rounded(
+    x: Tensor, stored: Planes | Dense, activation: Activation, outliers: int = 0
+) -> Tensor:
+    return x if isinstance(stored, Dense) else round_activations(x, activation, outliers)
 
 
 def _draft(stored: Planes | Dense, bits: int) -> Tensor:

@@ -6,7 +6,7 @@ A view is an argument. Switching costs nothing: no copy, no reload, no re-packin
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["VERIFY", "Activation", "View", "draft_view"]
+__all__ = ["OUTLIER_GROUP", "VERIFY", "Activation", "View", "draft_view"]
 
 
 class Activation(StrEnum):
@@ -24,12 +24,19 @@ class Activation(StrEnum):
 
 @dataclass(frozen=True)
 class View:
-    """One way to read the model: the draft's planes or all of them, and the activations' width."""
+    """One way to read the model: the draft's planes or all of them, and the activations' width.
+
+    `outliers` is how many columns at the beginning of a linear's input have 8 bits where
+    `activation` is A4, a multiple of `OUTLIER_GROUP`; nothing else looks at it.
+    """
 
     is_draft: bool
     activation: Activation
+    outliers: int = 0
 
 
+# Columns of a4 activations that share a scale: outliers fill such groups.
+OUTLIER_GROUP = 32
 VERIFY = View(is_draft=False, activation=Activation.A16)
 
 

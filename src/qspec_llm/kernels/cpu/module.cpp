@@ -36,7 +36,9 @@ Pools pools(Address keys, Address values, int type, int64_t num_slots, int64_t n
           num_kv_heads,        head_dim,              block_size};
 }
 
-View view(bool is_draft, int activation) { return {is_draft, static_cast<Activation>(activation)}; }
+View view(bool is_draft, int activation, int64_t outliers) {
+  return {is_draft, static_cast<Activation>(activation), outliers};
+}
 
 void bind_matrix(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
@@ -106,9 +108,9 @@ void bind_ops(nb::module_& m) {
       release());
   m.def(
       "linear",
-      [](const Matrix& weight, bool is_draft, int activation, Address x, int x_type,
-         int64_t num_rows, Address bias, Address out, int out_type) {
-        op_linear(weight, view(is_draft, activation), pointer<const void>(x),
+      [](const Matrix& weight, bool is_draft, int activation, int64_t outliers, Address x,
+         int x_type, int64_t num_rows, Address bias, Address out, int out_type) {
+        op_linear(weight, view(is_draft, activation, outliers), pointer<const void>(x),
                   static_cast<Type>(x_type), num_rows, pointer<const float>(bias),
                   pointer<void>(out), static_cast<Type>(out_type));
       },
@@ -167,15 +169,15 @@ void bind_step(nb::module_& m) {
           "__init__",
           [](Step* self, int64_t hidden, int64_t intermediate, int64_t num_heads,
              int64_t num_kv_heads, int64_t head_dim, int64_t vocabulary, float eps, bool is_float,
-             int64_t hadamard, const Matrix* embedding, Address final_norm, const PyParts& head,
+             int64_t hadamard, int64_t outliers, const Matrix* embedding, Address final_norm, const PyParts& head,
              Address cos, Address sin, int64_t num_positions) {
             new (self) Step({hidden, intermediate, num_heads, num_kv_heads, head_dim, vocabulary,
-                             eps, is_float, hadamard},
+                             eps, is_float, hadamard, outliers},
                             embedding, pointer<const float>(final_norm), parts(head),
                             pointer<const float>(cos), pointer<const float>(sin), num_positions);
           },
           nb::kw_only(), "hidden"_a, "intermediate"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-          "vocabulary"_a, "eps"_a, "is_float"_a, "hadamard"_a, "embedding"_a, "final_norm"_a, "head"_a, "cos"_a,
+          "vocabulary"_a, "eps"_a, "is_float"_a, "hadamard"_a, "outliers"_a, "embedding"_a, "final_norm"_a, "head"_a, "cos"_a,
           "sin"_a, "num_positions"_a)
       .def(
           "add_layer",
@@ -198,7 +200,7 @@ void bind_step(nb::module_& m) {
           "forward",
           [](Step& self, Address tokens, const RowTable& rows, bool is_draft, int activation,
              int head_activation, Address logit_rows, int64_t num_logits, Address logits) {
-            self.forward(pointer<const int64_t>(tokens), rows, view(is_draft, activation),
+            self.forward(pointer<const int64_t>(tokens), rows, view(is_draft, activation, 0),
                          static_cast<Activation>(head_activation), pointer<const int64_t>(logit_rows), num_logits, pointer<float>(logits));
           },
           nb::call_guard<nb::gil_scoped_release>());

@@ -104,7 +104,7 @@ void op_linear(const Matrix& w, View view, const void* x, Type x_type, int64_t n
   const Form form = form_of(w, view, is_float);
   grow(s.in, num_rows * K);
   grow(s.out, num_rows * N);
-  Input& input = s.store.reserve(s.in.data(), K, num_rows, K, form, view.activation);
+  Input& input = s.store.reserve(s.in.data(), K, num_rows, K, form, view);
   const Linear linear = {{&w, bias}};
   Pool& team = pool();
   Shares shares;

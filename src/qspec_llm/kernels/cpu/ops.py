@@ -90,6 +90,7 @@ def linear(
         weight.matrix,
         view.is_draft,
         ACTIVATION_CODES[view.activation],
+        view.outliers,
         x.data_ptr(),
         code,
         x.shape[0],

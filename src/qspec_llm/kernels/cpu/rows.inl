@@ -47,12 +47,14 @@ QSPEC_INLINE void store_limb(int8_t* to, int64_t stride, I x) {
   __builtin_memcpy(to + stride, bytes + 8, 8);
 }
 
-// One signed byte a value, scale = largest / top: kernels/reference.py, quantize_activations.
-void fill_one(const float* x, int64_t size, int top, int64_t group, RowPlace to) {
-  const V limit = set1(static_cast<float>(top)), lowest = set1(static_cast<float>(-top));
+// One signed byte a value, scale = largest / top: kernels/reference.py, quantize_activations. The top
+// is 127 in the first `wide` columns, whole groups of them, and 7 in the others.
+void fill_one(const float* x, int64_t size, int64_t wide, int64_t group, RowPlace to) {
   const int64_t stride = to.block_rows * 8;
   for (int64_t k0 = 0; k0 < size; k0 += group) {
-    const float scale = largest(x + k0, group) / static_cast<float>(top);
+    const float top = k0 < wide ? 127.0f : 7.0f;
+    const V limit = set1(top), lowest = set1(-top);
+    const float scale = largest(x + k0, group) / top;
     const V divisor = set1(scale < 1.17549435e-38f ? 1.17549435e-38f : scale);
     for (int64_t k = k0; k < k0 + group; k += 32) {
       I sum = zero_i();
@@ -120,13 +122,14 @@ void fill(Input& in, Form form, Activation activation, int64_t first, int64_t la
   const int limbs = form == kOne ? 1 : form == kTwo ? 2 : 3;
   const Limbs& to = form == kOne ? in.one : form == kTwo ? in.two : in.three;
   const int64_t size = last - first;
+  const int64_t wide = activation == Activation::kA4 ? in.outliers - first : size;
   for (int64_t row = 0; row < in.num_rows; ++row) {
     const float* x = in.x + row * in.x_stride + first;
     RowPlace place = place_of(to, limbs, in.num_rows, row, in.num_cols);
     place.bytes += first * place.block_rows * limbs;
     place.scale += first / 32 * place.block_rows;
     place.total += first / 32 * place.block_rows;
-    if (form == kOne) fill_one(x, size, activation == Activation::kA4 ? 7 : 127, to.group, place);
+    if (form == kOne) fill_one(x, size, wide, to.group, place);
     if (form == kTwo) fill_split<2>(x, size, to.group, place);
     if (form == kThree) fill_split<3>(x, size, to.group, place);
   }

@@ -41,11 +41,12 @@ void InputStore::reserve(Limbs& limbs, int num, int64_t num_rows, int64_t num_co
 }
 
 Input& InputStore::reserve(const float* x, int64_t stride, int64_t num_rows, int64_t num_cols,
-                           uint32_t forms, Activation activation) {
+                           uint32_t forms, View view) {
   input_.x = x;
   input_.x_stride = stride;
   input_.num_rows = num_rows;
   input_.num_cols = num_cols;
+  input_.outliers = view.outliers;
   Limbs* limbs[3] = {&input_.one, &input_.two, &input_.three};
   const Form kinds[3] = {kOne, kTwo, kThree};
   if (forms & kWide) {
@@ -56,7 +57,7 @@ Input& InputStore::reserve(const float* x, int64_t stride, int64_t num_rows, int
     if (!(forms & kinds[i])) continue;
     reserve(*limbs[i], num_limbs(kinds[i]), num_rows, num_cols, bytes_[i], scales_[i]);
     // one scale a token and 64 columns, 32 for a4 and where 64 does not divide K
-    const bool is_a4 = kinds[i] == kOne && activation == Activation::kA4;
+    const bool is_a4 = kinds[i] == kOne && view.activation == Activation::kA4;
     limbs[i]->group = is_a4 || num_cols % 64 ? 32 : 64;
   }
   return input_;

@@ -21,9 +21,9 @@ int64_t num_columns(const Linear& linear);
 // An Input with its own memory, which grows as needed.
 class InputStore {
  public:
-  // Room for the forms of rows x [rows, stride].
+  // Room for the forms of rows x [rows, stride] that `view` reads.
   Input& reserve(const float* x, int64_t stride, int64_t num_rows, int64_t num_cols, uint32_t forms,
-                 Activation activation);
+                 View view);
   Input& input() { return input_; }
 
  private:

@@ -129,8 +129,9 @@ void Step::reserve(int64_t num_rows) {
     }
     for (int stage = 0; stage < kNumStages; ++stage) {
       const int64_t size = input_size(static_cast<Stage>(stage));
-      inputs_[owner][stage].reserve(x[stage], size, num_rows, size, forms[stage],
-                                    view_.activation);
+      View view = view_;
+      view.outliers = stage == kOutput || stage == kHead ? 0 : s.outliers;
+      inputs_[owner][stage].reserve(x[stage], size, num_rows, size, forms[stage], view);
     }
   }
   const size_t num_loops = layers_.size() * kLoopsPerLayer + 1;

@@ -15,6 +15,7 @@ struct Sizes {
   float eps;
   bool is_float;     // activations are float32, not bf16
   int64_t hadamard;  // largest order of the rotation of the layers' inputs; 0: none
+  int64_t outliers;  // first columns that a4 drafts see in 8 bits, but for kOutput; 0: none
 };
 
 // Weights of a layer. Norms are float32 vectors; q_norm and k_norm may be null.

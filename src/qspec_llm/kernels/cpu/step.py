@@ -53,6 +53,7 @@ class _WholeStep:
             eps=config.norm_eps,
             is_float=decoder.dtype is torch.float32,
             hadamard=config.hadamard or 0,
+            outliers=config.outliers or 0,
             embedding=decoder.embedding.matrix,
             final_norm=self._vector(decoder.final_norm),
             head=self._parts(decoder.head),

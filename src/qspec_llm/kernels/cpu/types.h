@@ -34,6 +34,7 @@ struct Matrix {
 struct View {
   bool is_draft;
   Activation activation;
+  int64_t outliers;  // first columns of an a4 input that have 8 bits, whole groups of them
 };
 
 // Rows x in the forms that linears read; which of them are filled is a set of Form bits.
@@ -60,6 +61,7 @@ struct Input {
   int64_t num_rows, num_cols;
   const float* x;  // [rows, K]
   int64_t x_stride;
+  int64_t outliers;  // of View
   Limbs one, two, three;
   float* wide;  // blocks of M rows that go through a kernel together: [K/8][M][8]
 };

@@ -28,12 +28,17 @@ def whole_step(decoder: Any) -> Forward | None:
     """A replacement for `Decoder.forward` with equal results.
 
     Raises:
-        QSpecError: the model is rotated, which the fused kernels do not compute yet.
+        QSpecError: the model is rotated or has outlier columns, which the kernels do not know yet.
     """
     if decoder.config.hadamard is not None:
         raise QSpecError(
             "the linears of this model take rotated inputs, which backend 'cuda' does not support "
             "yet; use --backend cpu"
+        )
+    if decoder.config.outliers is not None:
+        raise QSpecError(
+            "the drafts of this model see outlier columns in 8 bits, which backend 'cuda' does not "
+            "support yet; use --backend cpu"
         )
     return _WholeStep(decoder)
 
