@@ -23,6 +23,7 @@ __all__ = [
     "blocks_of",
     "can_run",
     "multiply",
+    "reads",
     "tiles_of",
     "tuning",
 ]
@@ -86,15 +87,20 @@ def tuning(form: Form, token_tiles: int) -> Tuning:
 
 
 def can_run(form: Form, num_tokens: int, device: int) -> bool:
-    """Whether to use `multiply`: rows enough, warpgroup products, a form that it was timed with.
-
-    The others are right as well (tests/kernels/test_cuda_wide.py); whether they are faster than in
-    direct.cu was not measured.
-    """
-    was_timed = form.group >= 64 and form.act_group == 64 and form.bits in (4, 16)
-    was_timed = was_timed and not (form.has_offset or form.has_middle or form.is_half)
+    """Whether to use `multiply`: rows enough, warpgroup products, a form of weights it may read."""
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return num_tokens >= LEAST_TOKENS and is_hopper and was_timed
+    return num_tokens >= LEAST_TOKENS and is_hopper and reads(form)
+
+
+def reads(form: Form) -> bool:
+    """Whether weights of this form were found right here, and faster than in direct.cu.
+
+    Others compile, and fail tests or were not timed (docs/gpu-notes.md).
+    """
+    is_other = form.has_offset or form.has_middle or form.is_half or form.act_group != 64
+    if form.bits == 8:
+        is_other |= form.act == 8 or not form.is_signed
+    return form.bits in (4, 8, 16) and not is_other
 
 
 @functools.cache
