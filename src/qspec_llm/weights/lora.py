@@ -14,12 +14,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
-from qspec_llm.weights.checkpoint import Checkpoint, Metadata
+from qspec_llm.weights.checkpoint import Checkpoint
+from qspec_llm.weights.checkpoint.changed import ChangedCheckpoint
 from qspec_llm.weights.checkpoint.safetensors_dir import open_safetensors, read_json
 from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.quantize import Target
@@ -95,14 +96,12 @@ def merge(checkpoint: Checkpoint, path: Path) -> "AdaptedCheckpoint":
     return AdaptedCheckpoint(checkpoint, Adapter(path))
 
 
-class AdaptedCheckpoint:
+class AdaptedCheckpoint(ChangedCheckpoint):
     """A checkpoint and an adapter; deltas are added as tensors are read."""
 
     def __init__(self, checkpoint: Checkpoint, adapter: Adapter) -> None:
-        self._checkpoint, self._adapter = checkpoint, adapter
-        self.path = checkpoint.path
-        self.kind: Literal["hf", "gguf", "nested"] = checkpoint.kind
-        self.metadata: Metadata = checkpoint.metadata
+        super().__init__(checkpoint)
+        self._adapter = adapter
         self.target = getattr(checkpoint, "target", None)
         names = set(checkpoint.names())
         for module, delta in adapter.deltas.items():
@@ -117,21 +116,9 @@ class AdaptedCheckpoint:
         if "lm_head" in adapter.deltas and checkpoint.metadata.get("tie_word_embeddings"):
             raise QSpecError(f"{adapter.path} adapts an LM head that is tied to the embedding")
 
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return self._checkpoint.names()
-
-    def type_name(self, name: str) -> str:
-        """What the file stores for a tensor."""
-        return self._checkpoint.type_name(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return self._checkpoint.shape(name)
-
     def read(self, name: str, target: Target) -> Tensor | Stored:
         """One tensor; float32 with its delta where the adapter has one."""
-        value = self._checkpoint.read(name, target)
+        value = super().read(name, target)
         delta = self._adapter.deltas.get(name.removesuffix(".weight"))
         if delta is None or not name.endswith(".weight"):
             return value

@@ -25,14 +25,15 @@ see 8-bit activations at least, as in a rotated model.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
-from qspec_llm.weights.checkpoint import Checkpoint, Metadata
-from qspec_llm.weights.planes import Planes, Stored, verify_weight
+from qspec_llm.weights.checkpoint import Checkpoint
+from qspec_llm.weights.checkpoint.changed import ChangedCheckpoint
+from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.quantize import Target
 from qspec_llm.weights.view import Activation
 
@@ -78,48 +79,29 @@ def reordered(
     return ReorderedCheckpoint(checkpoint, outliers, magnitudes)
 
 
-class ReorderedCheckpoint:
+class ReorderedCheckpoint(ChangedCheckpoint):
     """A checkpoint whose tensors' channels are moved as they are read."""
 
     def __init__(
         self, checkpoint: Checkpoint, outliers: int, magnitudes: Mapping[str, Tensor]
     ) -> None:
-        self._checkpoint, self._magnitudes = checkpoint, magnitudes
+        super().__init__(checkpoint)
+        self._magnitudes = magnitudes
         self._residual_order = _residual_order(magnitudes)
-        self.path = checkpoint.path
-        self.kind: Literal["hf", "gguf", "nested"] = checkpoint.kind
         fields: dict[str, Any] = {"outliers": outliers, "head_draft": Activation.A8}
-        self.metadata: Metadata = {**checkpoint.metadata, OUTLIERS_KEY: fields}
-
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return self._checkpoint.names()
-
-    def type_name(self, name: str) -> str:
-        """What the original file stores for a tensor."""
-        return self._checkpoint.type_name(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return self._checkpoint.shape(name)
+        self.metadata = {**checkpoint.metadata, OUTLIERS_KEY: fields}
 
     def read(self, name: str, target: Target) -> Tensor | Stored:
         """One tensor: its values where they belong now, else as the original has it."""
         rows, columns = CHANNELS.get(name.split(".")[-2], ("", ""))
         if not rows and not columns:
-            return self._checkpoint.read(name, target)
-        value = self._values(name)
+            return super().read(name, target)
+        value = self.values(name)
         if rows:
             value = value[self._order(name, rows)]
         if columns and value.ndim == 2:  # a bias has rows alone
             value = value[:, self._order(name, columns)]
         return value
-
-    def _values(self, name: str) -> Tensor:
-        value = self._checkpoint.read(name, Target.BF16)
-        if isinstance(value, Tensor):
-            return value
-        return verify_weight(value) if isinstance(value, Planes) else value.weight
 
     def _order(self, name: str, channels: str) -> Tensor:
         """Where the channels of a tensor come from, [K] int64."""

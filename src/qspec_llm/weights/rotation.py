@@ -22,15 +22,16 @@ least, since its input is not rotated (QSpec keeps the head at 16 bits).
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qspec_llm.errors import QSpecError
-from qspec_llm.weights.checkpoint import Checkpoint, Metadata
+from qspec_llm.weights.checkpoint import Checkpoint
+from qspec_llm.weights.checkpoint.changed import ChangedCheckpoint
 from qspec_llm.weights.hadamard import order_for, transform
-from qspec_llm.weights.planes import Planes, Stored, verify_weight
+from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.quantize import Target
 from qspec_llm.weights.view import Activation
 
@@ -77,7 +78,7 @@ def rotated(
     return RotatedCheckpoint(checkpoint, head_dim, magnitudes, hadamard)
 
 
-class RotatedCheckpoint:
+class RotatedCheckpoint(ChangedCheckpoint):
     """A checkpoint that is balanced and rotated as its tensors are read."""
 
     def __init__(
@@ -87,33 +88,19 @@ class RotatedCheckpoint:
         magnitudes: Mapping[str, Tensor] | None,
         hadamard: int,
     ) -> None:
-        self._checkpoint, self._head_dim = checkpoint, head_dim
-        self._magnitudes, self._hadamard = magnitudes, hadamard
+        super().__init__(checkpoint)
+        self._head_dim, self._magnitudes, self._hadamard = head_dim, magnitudes, hadamard
         self._balances: dict[tuple[str, tuple[str, ...]], Tensor] = {}
-        self.path = checkpoint.path
-        self.kind: Literal["hf", "gguf", "nested"] = checkpoint.kind
         fields: dict[str, Any] = {"hadamard": hadamard, "head_draft": Activation.A8}
-        self.metadata: Metadata = {**checkpoint.metadata, ROTATION_KEY: fields}
-
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return self._checkpoint.names()
-
-    def type_name(self, name: str) -> str:
-        """What the original file stores for a tensor."""
-        return self._checkpoint.type_name(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return self._checkpoint.shape(name)
+        self.metadata = {**checkpoint.metadata, ROTATION_KEY: fields}
 
     def read(self, name: str, target: Target) -> Tensor | Stored:
         """One tensor: float32 where it was changed, else as the original has it."""
         prefix, module, leaf = _split(name)
         columns, rows = _INPUT_OF.get(module), _FOLDED_INTO.get(module)
         if columns is None and (rows is None or self._magnitudes is None):
-            return self._checkpoint.read(name, target)
-        value = self._floats(name)
+            return super().read(name, target)
+        value = self.values(name).float()
         if rows is not None and self._magnitudes is not None:
             balance = self._before(prefix, rows, len(value))
             value = value * (balance[:, None] if value.ndim == 2 else balance)
@@ -122,12 +109,6 @@ class RotatedCheckpoint:
                 value = value / self._balance(prefix, columns)
             value = transform(value, order_for(value.shape[1], self._hadamard))
         return value
-
-    def _floats(self, name: str) -> Tensor:
-        value = self._checkpoint.read(name, Target.BF16)
-        if isinstance(value, Tensor):
-            return value.float()
-        return verify_weight(value) if isinstance(value, Planes) else value.weight.float()
 
     def _before(self, prefix: str, modules: tuple[str, ...], size: int) -> Tensor:
         """d as the rows of what comes before an input: one KV head for all heads that share it."""
@@ -147,7 +128,9 @@ class RotatedCheckpoint:
         assert self._magnitudes is not None
         if (name := prefix + modules[0]) not in self._magnitudes:
             raise QSpecError(f"no magnitudes of the inputs of {name!r} are given")
-        squares = [self._floats(f"{prefix}{module}.weight").square().sum(0) for module in modules]
+        squares = [
+            self.values(f"{prefix}{module}.weight").float().square().sum(0) for module in modules
+        ]
         weight = torch.stack(squares).sum(0)  # [K]
         energy = self._magnitudes[name].float().square()
         if energy.shape != weight.shape:
