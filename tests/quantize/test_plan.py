@@ -199,6 +199,15 @@ def test_noise_is_taken_out_of_costs(
     assert found == {A8: costs(0.3), A16: costs(0.4)}
 
 
+def test_measurements_of_different_gammas_are_merged() -> None:
+    """A machine that falters measures fewer gammas than in its other rounds."""
+    many = StepCosts((1,), (0, 1, 2, 4), (0.6,), ((1.0, 1.1, 1.2, 1.5),), 1e-4, 2e-4)
+    few = StepCosts((1,), (0, 1, 4), (0.5,), ((1.2, 1.3, 1.4),), 2e-4, 1e-4)
+    least = planning.least_costs([many], [many, few])
+    assert least == StepCosts((1,), (0, 1, 4), (0.6,), ((1.0, 1.1, 1.4),), 1e-4, 1e-4)
+    assert planning.least_costs([few], [many, few]).draft == (0.5,)
+
+
 def test_fixed_bits_are_stored(model: Path, tmp_path: Path, text: CalibrationText) -> None:
     path = nested(model, tmp_path / "q", text, "int8")
     drafted = {bits: LLM(path, max_tokens_in_kv=512).decoder.draft_bytes

@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -235,21 +235,32 @@ def _costs(llm: LLM, activations: Sequence[Activation]) -> dict[Activation, Step
         {a: measure_costs(runner, llm.tokenizer, draft_view(a), 1, SECONDS) for a in activations}
         for _ in range(ROUNDS)
     ]
-    every = [costs for one in rounds for costs in one.values()]
-    verify = tuple(
-        tuple(map(min, zip(*rows, strict=True)))
-        for rows in zip(*(costs.verify for costs in every), strict=True)
-    )
     return {
-        a: replace(
-            rounds[0][a],
-            draft=tuple(map(min, zip(*(one[a].draft for one in rounds), strict=True))),
-            draft_per_key=min(one[a].draft_per_key for one in rounds),
-            verify=verify,
-            verify_per_key=min(costs.verify_per_key for costs in every),
+        a: least_costs(
+            [one[a] for one in rounds], [costs for one in rounds for costs in one.values()]
         )
         for a in activations
     }
+
+
+def least_costs(drafts: Sequence[StepCosts], every: Sequence[StepCosts]) -> StepCosts:
+    """The least of several measurements of one batch size.
+
+    Args:
+        drafts: those whose draft steps count.
+        every: those whose verify steps count; on a machine that falters one may have timed fewer
+            gammas than another, and those that all have timed are kept.
+    """
+    gammas = tuple(sorted(set.intersection(*(set(costs.gammas) for costs in every))))
+    tables = [dict(zip(costs.gammas, costs.verify[0], strict=True)) for costs in every]
+    return StepCosts(
+        batches=drafts[0].batches,
+        gammas=gammas,
+        draft=tuple(map(min, zip(*(costs.draft for costs in drafts), strict=True))),
+        verify=(tuple(min(table[gamma] for table in tables) for gamma in gammas),),
+        draft_per_key=min(costs.draft_per_key for costs in drafts),
+        verify_per_key=min(costs.verify_per_key for costs in every),
+    )
 
 
 def _agreement(
