@@ -32,7 +32,15 @@ from qspec_llm.weights.checkpoint.safetensors_dir import read_json
 from qspec_llm.weights.store import INDEX_NAME, NestedCheckpoint
 from qspec_llm.weights.view import Activation, draft_view
 
-__all__ = ["Plan", "Planned", "choose", "expected_speedup", "make_plan", "set_draft_bits"]
+__all__ = [
+    "Plan",
+    "Planned",
+    "choose",
+    "expected_speedup",
+    "least_costs",
+    "make_plan",
+    "set_draft_bits",
+]
 
 KEYS = 128  # that a step's rows see where plans are compared
 PLAN_TOKENS = 2048  # of text that plans are judged by
