@@ -6,23 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from helpers_changed import AsFloats, decoder_of, logits
 from helpers_engine import TINY, RandomCheckpoint
 from helpers_model_dir import write_model
 from helpers_weights import assert_close, assert_same_bits, refused
 from qspec_llm.cli import main
-from qspec_llm.kernels import Rows, get_backend, reference
-from qspec_llm.kv.pool import allocate
+from qspec_llm.kernels import get_backend
 from qspec_llm.model.config import ModelConfig, read_config
-from qspec_llm.model.decoder import Decoder
-from qspec_llm.model.load import expected_shapes, load_decoder, stored_tensors
+from qspec_llm.model.load import expected_shapes, stored_tensors
 from qspec_llm.quantize.magnitudes import input_magnitudes
 from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.weights import store
 from qspec_llm.weights.checkpoint import open_checkpoint
 from qspec_llm.weights.outliers import OUTLIERS_KEY, reordered
-from qspec_llm.weights.planes import Dense
 from qspec_llm.weights.quantize import Recipe, Target
 from qspec_llm.weights.view import VERIFY, Activation, draft_view
 
@@ -45,22 +42,6 @@ class Uneven(RandomCheckpoint):
                 tensor[LARGE] *= 10
 
 
-class AsFloats:
-    """A checkpoint that is neither nested nor rounded."""
-
-    def __init__(self, checkpoint: Any) -> None:
-        self._checkpoint, self.path = checkpoint, checkpoint.path
-
-    def names(self) -> list[str]:
-        return self._checkpoint.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.shape(name)
-
-    def read(self, name: str, target: Target) -> Dense:
-        return Dense(self._checkpoint.read(name, target).float(), "a test")
-
-
 def reorder(checkpoint: Any, config: ModelConfig, outliers: int = 32) -> Any:
     magnitudes = input_magnitudes(checkpoint, config, CalibrationText.of([list(range(40))]))
     return reordered(checkpoint, outliers=outliers, magnitudes=magnitudes)
@@ -68,24 +49,6 @@ def reorder(checkpoint: Any, config: ModelConfig, outliers: int = 32) -> Any:
 
 def changed(config: ModelConfig, checkpoint: Any) -> ModelConfig:
     return replace(config, **checkpoint.metadata[OUTLIERS_KEY])
-
-
-def decoder_of(
-    checkpoint: Any, config: ModelConfig, target: Target = Target.BF16, ops: Any = reference
-) -> Decoder:
-    return load_decoder(
-        checkpoint, config, Recipe(target), ops, num_positions=64, dtype=torch.float32
-    )
-
-
-def logits(decoder: Decoder, view: Any = VERIFY, num_tokens: int = 33) -> Tensor:
-    positions = torch.arange(num_tokens)
-    rows = Rows(
-        positions, positions, torch.tensor([0, num_tokens]), torch.tensor([num_tokens]),
-        torch.arange(3)[None], is_prompt=True,
-    )  # fmt: skip
-    kv = allocate(decoder.config, 3, decoder.dtype)
-    return decoder.forward(positions * 7 % 97, rows, kv, view, None)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from helpers_changed import AsFloats, decoder_of, logits
 from helpers_engine import TINY, RandomCheckpoint
 from helpers_model_dir import write_model
 from helpers_weights import assert_close, gaussian, refused
@@ -16,7 +16,6 @@ from qspec_llm.kernels import Rows, get_backend, reference
 from qspec_llm.kv.pool import allocate
 from qspec_llm.llm import LLM
 from qspec_llm.model.config import ModelConfig, read_config
-from qspec_llm.model.decoder import Decoder
 from qspec_llm.model.load import expected_shapes, load_decoder, stored_tensors
 from qspec_llm.quantize.magnitudes import input_magnitudes
 from qspec_llm.quantize.text import CalibrationText
@@ -47,28 +46,6 @@ class Uneven(RandomCheckpoint):
                 tensor[::5] *= 10
 
 
-class AsFloats:
-    """A checkpoint that is neither nested nor rounded."""
-
-    def __init__(self, checkpoint: Any) -> None:
-        self._checkpoint, self.path = checkpoint, checkpoint.path
-
-    def names(self) -> list[str]:
-        return self._checkpoint.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._checkpoint.shape(name)
-
-    def read(self, name: str, target: Target) -> Dense:
-        return Dense(self._checkpoint.read(name, target).float(), "a test")
-
-
-def decoder_of(checkpoint: Any, config: ModelConfig, target: Target = Target.BF16) -> Decoder:
-    return load_decoder(
-        checkpoint, config, Recipe(target), reference, num_positions=64, dtype=torch.float32
-    )
-
-
 def rotated_config(config: ModelConfig, checkpoint: Any) -> ModelConfig:
     return replace(config, **checkpoint.metadata[ROTATION_KEY])
 
@@ -77,16 +54,6 @@ def rotate(checkpoint: Any, config: ModelConfig, *, is_balanced: bool = True) ->
     text = CalibrationText.of(TOKENS)
     magnitudes = input_magnitudes(checkpoint, config, text) if is_balanced else None
     return rotated(checkpoint, head_dim=config.head_dim, magnitudes=magnitudes)
-
-
-def logits(decoder: Decoder, view: Any = VERIFY, num_tokens: int = 33) -> Tensor:
-    positions = torch.arange(num_tokens)
-    rows = Rows(
-        positions, positions, torch.tensor([0, num_tokens]), torch.tensor([num_tokens]),
-        torch.arange(3)[None], is_prompt=True,
-    )  # fmt: skip
-    kv = allocate(decoder.config, 3, decoder.dtype)
-    return decoder.forward(positions * 7 % 97, rows, kv, view, None)
 
 
 @pytest.mark.parametrize("config", [TINY, QWEN2], ids=["llama", "qwen2"])

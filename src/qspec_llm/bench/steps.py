@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from qspec_llm.bench.measure import Advance, gpu_seconds, host_seconds, interleaved, wake_gpu
-from qspec_llm.engine.captured import captured
+from qspec_llm.engine.captured import captured, rows_after
 from qspec_llm.engine.engine import Engine, StepSeconds
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner
 from qspec_llm.engine.text import Tokenizer
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kv.blocks import BLOCK_SIZE, blocks_for
+from qspec_llm.kv.blocks import blocks_for
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
@@ -90,17 +90,8 @@ def _call(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> Callable
 
 def _inputs(case: StepCase) -> tuple[Tensor, Rows]:
     """Tokens and rows of a step."""
-    stop = case.context + case.rows
-    positions = torch.arange(case.context, stop)
-    rows = Rows(
-        positions=positions,
-        slots=positions,
-        cu_rows=torch.tensor([0, case.rows]),
-        contexts=torch.tensor([stop]),
-        block_tables=torch.arange(-(-stop // BLOCK_SIZE))[None],
-        is_prompt=False,
-    )
-    return positions % 97, rows
+    rows = rows_after(case.context, case.rows)
+    return rows.positions % 97, rows
 
 
 def _step(

@@ -137,15 +137,7 @@ def _add_quantize(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="int4 alone, instead of --rotate: the N largest columns of the linears' inputs have 8 "
         "bits in drafts with a4, a multiple of 32",
     )
-    parser.add_argument(
-        "--calibration",
-        default="builtin",
-        metavar="FILE",
-        help='text to fit: builtin, JSON Lines of {"prompt", "answer"} or {"text"}, or a text file',
-    )
-    parser.add_argument(
-        "--calibration-tokens", type=int, default=16384, metavar="N", help="(default: %(default)s)"
-    )
+    _add_calibration(parser)
     parser.add_argument(
         "--lora", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the weights"
     )
@@ -160,13 +152,24 @@ def _add_quantize(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="FILE",
+        help='builtin, JSON Lines of {"prompt", "answer"} or {"text"}, or a text file',
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=16384, metavar="N", help="(default: %(default)s)"
+    )
+
+
 def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
     text = "choose again what the draft of a nested checkpoint reads, by this machine's speed"
     parser = command(commands, "plan", text)
     parser.add_argument("model", metavar="DIR", help="a directory that `qspec quantize` wrote")
     parser.add_argument("--plot", metavar="DIR", help="draw plan.png and plan.svg there")
-    parser.add_argument("--calibration", default="builtin", metavar="FILE")
-    parser.add_argument("--calibration-tokens", type=int, default=16384, metavar="N")
+    _add_calibration(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="(default: the physical cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 

@@ -1,10 +1,27 @@
-"""A call captured as a CUDA graph, to be timed as cycles run it: without the host between."""
+"""Steps to be timed: their rows, and a call as a CUDA graph, which is how cycles run it."""
 
 from collections.abc import Callable
 
 import torch
 
-__all__ = ["captured"]
+from qspec_llm.kernels import Rows
+from qspec_llm.kv.blocks import blocks_for
+
+__all__ = ["captured", "rows_after"]
+
+
+def rows_after(context: int, num_rows: int, num_sequences: int = 1) -> Rows:
+    """`num_rows` rows after `context` tokens, of sequences that share the cache's first blocks."""
+    stop = context + num_rows
+    positions = torch.arange(context, stop).repeat(num_sequences)
+    return Rows(
+        positions=positions,
+        slots=positions,
+        cu_rows=torch.arange(num_sequences + 1) * num_rows,
+        contexts=torch.full((num_sequences,), stop),
+        block_tables=torch.arange(blocks_for(stop)).repeat(num_sequences, 1),
+        is_prompt=False,
+    )
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:

@@ -21,13 +21,12 @@ import torch
 from qspec_llm import kernels
 from qspec_llm.engine.accept import accept
 from qspec_llm.engine.batch import Batch, Span
-from qspec_llm.engine.captured import captured
+from qspec_llm.engine.captured import captured, rows_after
 from qspec_llm.engine.draft import Drafts, draft
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
 from qspec_llm.engine.runner import Runner
 from qspec_llm.engine.text import TextStream, Tokenizer
-from qspec_llm.kernels import Rows
 from qspec_llm.kv.blocks import BLOCK_SIZE, blocks_for
 from qspec_llm.weights.view import VERIFY, View
 
@@ -207,16 +206,7 @@ class _CapturedSteps:
 
     def _forward(self, view: View, size: int, num_rows: int, context: int) -> Callable[[], object]:
         decoder, kv = self._runner.decoder, self._runner.kv
-        positions = torch.arange(context, context + num_rows).repeat(size)
-        width = blocks_for(context + num_rows)
-        rows = Rows(
-            positions=positions,
-            slots=positions,
-            cu_rows=torch.arange(size + 1) * num_rows,
-            contexts=torch.full((size,), context + num_rows),
-            block_tables=torch.arange(width).repeat(size, 1),
-            is_prompt=False,
-        ).to(decoder.ops.device)
+        rows = rows_after(context, num_rows, size).to(decoder.ops.device)
         tokens = torch.ones(size * num_rows, dtype=torch.int64, device=decoder.ops.device)
 
         def forward() -> None:

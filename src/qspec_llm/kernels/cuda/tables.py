@@ -23,9 +23,7 @@ __all__ = ["decoded", "embed", "read_memory"]
 ROW_TYPES = (torch.bfloat16, torch.float32)
 
 
-def decoded(
-    weight: PackedPlanes | PackedDense, tiles: slice, out: Tensor, *, pdl: bool = False
-) -> Tensor:
+def decoded(weight: PackedPlanes | PackedDense, tiles: slice, out: Tensor) -> Tensor:
     """Rows of the matrix as the verify view reads them, rounded to bf16, filled up to whole tiles.
 
     Args:
@@ -39,7 +37,7 @@ def decoded(
     rest = weight.rest if isinstance(weight, PackedPlanes) else None
     function = kernel("weights.cu", "decode", **form.defines())
     args = [weight.base, rest, out, first, col_tiles]
-    function.launch((-(-col_tiles // 4), last - first), 128, args, pdl=pdl)
+    function.launch((-(-col_tiles // 4), last - first), 128, args)
     shape = ((last - first) * TILE_ROWS, col_tiles * TILE_COLS)
     return out.view(-1)[: shape[0] * shape[1]].view(shape)
 
