@@ -10,7 +10,7 @@ from qspec_llm.kernels.cuda.compile import kernel
 from qspec_llm.kernels.cuda.layout import TILE_COLS
 from qspec_llm.weights.view import Activation
 
-__all__ = ["Quantized", "activation_group", "check_rows", "padded_rows", "quantize"]
+__all__ = ["TOP_OF", "Quantized", "activation_group", "check_rows", "padded_rows", "quantize"]
 
 GROUP_OF = {Activation.A8: 64, Activation.A4: 32}
 TOP_OF = {Activation.A8: 127, Activation.A4: 7}

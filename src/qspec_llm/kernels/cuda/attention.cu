@@ -1,108 +1,13 @@
 // Attention of generated positions, with RoPE and the write of K and V before it and, for drafts, the
-// quantisation of its result after it.
+// quantisation of its result after it (attention.cuh).
 //
-// The keys are cut into chunks of CHUNK, and chunk c belongs to lane c % LANES. A lane takes its chunks
-// in order with a running maximum (Milakov and Gimelshein 2018); then the lanes are merged in their
-// order. So which keys meet in which order depends on their positions alone, and keys beyond a query
-// change nothing: its result is the same whatever is computed with it.
+// A cluster of CLUSTER blocks holds the lanes of one KV head of one sequence and merges them through its
+// shared memory, for QUERIES queries at a time (rows times the query heads that share the KV head).
 //
-// A lane is the work of a team of warps that needs no other one until the merge. Of a unit of keys each
-// warp of a team computes the scores of 16, of the result the columns that are its share; it reads all
-// scores of its queries. Who else shares a lane, or how many lanes a block has, changes no sum. A
-// cluster of CLUSTER blocks holds the lanes of one KV head of one sequence and merges them through its
-// shared memory, for QUERIES queries at a time (rows times the query heads that share the KV head). A
-// lane keeps STAGES units of keys or values in shared memory or on their way.
-//
-// With ROTATE the rows' places and the keys and values before them are read before earlier kernels have
-// ended: no kernel that starts while others still run may write those (matrices.embed, the first of every
-// step, waits for all before it).
-//
-// Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE, a multiple of 16; MT: QUERIES = 16 MT;
-// CLUSTER 1, 2, 4 or 8; STAGES; ROTATE 1: q, k, v come unrotated, and keys from the first row's
-// position on come from them; 0: q is ready and every key is in the cache; GROUP 0, 32 or 64 and TOP:
-// how the result is quantised.
+// Places, and old keys and values, are read before earlier kernels have ended: no kernel that starts while
+// others still run may write those (matrices.embed, the first of every step, waits for all before it).
 
-#include "ptx.cuh"
-#include "quantize.cuh"
-
-#define LANES 8
-#define CHUNK 32
-#define PLACED 16              // keys that lie side by side in the cache
-#define OWN (LANES / CLUSTER)  // lanes of a block
-#define SHARES (8 / OWN)       // warps among which a lane's columns are shared out
-#define TEAM (SHARES * MT)     // warps of a lane
-#define WARPS (OWN * TEAM)
-#define THREADS (32 * WARPS)
-#define QUERIES (16 * MT)
-#define HALF (HEAD / 2)
-#define RATIO (NUM_HEADS / NUM_KV)
-#define PITCH (HEAD + 8)           // of rows in shared memory: an odd number of 16-byte units
-#define PIECES (HEAD / 8)          // 16-byte pieces of a row
-#define ROWS (32 * TEAM / PIECES)  // that a team copies at a time
-#define COLS (HEAD / SHARES)       // of the result, for a warp
-#define PART 64                    // columns of the result that a warp merges
-#define UNIT (16 * SHARES)         // keys, or values: half a chunk or whole ones
-#define HALVES (SHARES == 1 ? 2 : 1)
-#define SPAN (UNIT * HALVES / CHUNK)  // chunks whose keys come in HALVES units, and then their values
-#define SCORES (UNIT + 8)             // pitch of scores that warps exchange
-#define LOG2E 1.4426950408889634f
-#define INFINITE __int_as_float(0x7f800000)
-#define ONES 0x3F803F80u  // two of bf16
-
-typedef long long i64;
-
-DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
-  const u32 bytes = is_inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-
-DEVICE void load_transposed(u32 (&b)[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(at));
-}
-
-DEVICE void load_transposed(u32 (&b)[2], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(b[0]), "=r"(b[1])
-               : "r"(at));
-}
-
-DEVICE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-DEVICE u32 rotated_pair(u32 low, u32 high, float c, float s) {
-  const float a = bf16_to_float(low), b = bf16_to_float(high);
-  return float_to_bf16(__fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s))) |
-         float_to_bf16(__fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s))) << 16;
-}
-
-typedef u16 Unit[UNIT][PITCH];  // keys or values
-
-struct Shared {
-  u16 queries[QUERIES][PITCH];
-  float tops[OWN][QUERIES], sums[OWN][QUERIES];  // other blocks read them, and the result
-#if SHARES > 1
-  float scores[OWN][QUERIES][SCORES];
-#endif
-  union {
-    Unit ring[OWN][STAGES];
-    float result[OWN][QUERIES][HEAD + 4];  // once the block needs no more keys
-  };
-};
-
-// Waits for the warps of a team; what they wrote to shared memory before is visible after.
-DEVICE void meet_team(int team) {
-#if TEAM == 1
-  __syncwarp();
-#else
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * TEAM) : "memory");
-#endif
-}
+#include "attention.cuh"
 
 // All blocks of the cluster, in two halves: what a block wrote before it arrives is visible to all of
 // them after they have waited.
@@ -134,42 +39,6 @@ DEVICE float remote(const float* p, u32 rank) {
 #endif
 }
 
-// PART columns of one finished query, by one warp: columns lane and lane + 32.
-DEVICE void write(const float (&exact)[2], i64 row, int first_col, u16* out, u8* codes, int2* meta,
-                  int pitch) {
-  const int lane = threadIdx.x & 31;
-#if GROUP
-#pragma unroll
-  for (int group = 0; group < PART / GROUP; group++) {
-    float value[GROUP / 32], top = 0.f;
-#pragma unroll
-    for (int i = 0; i < GROUP / 32; i++) {
-      value[i] = bf16_to_float(float_to_bf16(exact[group * (GROUP / 32) + i]));
-      top = fmaxf(top, fabsf(value[i]));
-    }
-#pragma unroll
-    for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const Scale scale(top);
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < GROUP / 32; i++) {
-      const int code = scale.code(value[i]);
-      const int col = first_col + group * GROUP + i * 32 + lane;
-      // of every 16 columns the two halves of 8 are interleaved
-      codes[row * (NUM_HEADS * HEAD) + (col & ~15) + ((col & 7) << 1) + ((col >> 3) & 1)] = (u8)code;
-      sum += code;
-    }
-    sum = __reduce_add_sync(~0u, sum);
-    if (lane == 0)
-      meta[(i64)(first_col / GROUP + group) * pitch + row] = make_int2(__float_as_int(scale.value), sum);
-  }
-#else
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-    out[row * (NUM_HEADS * HEAD) + first_col + i * 32 + lane] = (u16)float_to_bf16(exact[i]);
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
     attend(const u16* q, const u16* k, const u16* v, int q_stride, int k_stride, int v_stride,
            const float* cosines, const float* sines, u16* key_cache, u16* value_cache, u16* out,
@@ -182,255 +51,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const int g = lane >> 2, t = lane & 3;
   const int team = warp / TEAM, tile = warp % MT, share = warp / MT % SHARES;
-  const int mate = thread % (32 * TEAM);     // this thread in its team
-  const int stream = rank + team * CLUSTER;  // the lane of chunks
   launch_dependents();
 #if !ROTATE
   wait_for_earlier_kernels();
 #endif
-
-  // where the keys of the stream's next 16 chunks lie: for lane i of a warp, PLACED keys of chunk i / 2
-  const i64* table = tables + (i64)seq * table_stride;
-  const auto places_from = [&](int chunk) {
-    const int key = (stream + (chunk + lane / 2) * LANES) * CHUNK + lane % 2 * PLACED;
-    return (int)table[min(key / BLOCK_SIZE, table_size - 1)] * BLOCK_SIZE + key % BLOCK_SIZE;
-  };
-  int places = places_from(0);
-  const int context = (int)contexts[seq];
-  const i64 first = cu_rows[seq];
-  const int num_queries = (int)(cu_rows[seq + 1] - first) * RATIO;
-  if (context == 0) {  // the whole cluster
-    wait_for_earlier_kernels();
-    return;
-  }
-  const int first_position = (int)positions[first];
-  const int fresh = ROTATE ? first_position : context;  // later keys are in k and v
-  const int num_chunks = (context + CHUNK - 1) / CHUNK;
-  const int num_mine = (num_chunks - stream + LANES - 1) / LANES;  // of the stream
-  const int num_units = (num_mine + SPAN - 1) / SPAN * (2 * HALVES);
-  const float factor = __fmul_rn(scale, LOG2E);
-  const int mate_row = mate / PIECES, mate_col = mate % PIECES * 8;
-
-  // Starts the copies of what the cache has of a unit of the stream; rows past the context are zeros.
-  const auto fetch_old = [&](int unit) {
-    if (unit < num_units) {
-      const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
-      if (chunk % 16 == 0 && unit % (2 * HALVES) == 0 && unit) places = places_from(chunk);
-      Unit& room = sh.ring[team][unit % STAGES];
-      const u32 to = smem_address(&room[mate_row][mate_col]);
-      const u16* const cache = unit / HALVES % 2 ? value_cache : key_cache;
-#pragma unroll
-      for (int n = 0; n < UNIT; n += ROWS) {
-        const int at = half * UNIT + n + mate_row;  // of the span's keys
-        const int key = (stream + (chunk + at / CHUNK) * LANES) * CHUNK + at % CHUNK;
-        const int slot = __shfl_sync(~0u, places, chunk % 16 * 2 + at / PLACED) + at % PLACED;
-        const u16* from = cache + ((i64)slot * NUM_KV + kv_head) * HEAD + mate_col;
-        if (key < fresh || key >= context) copy_or_zero(to + n * PITCH * 2, from, key < context);
-      }
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
-  // Adds the new keys or values to a unit, few if any: the context's last ones. Keys are rotated, and
-  // written to their slots with their values.
-  const auto add_new = [&](int unit) {
-#if ROTATE
-    if (unit >= num_units) return;
-    const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
-    const bool is_value = unit / HALVES % 2;
-    Unit& room = sh.ring[team][unit % STAGES];
-    const int unit_low = (stream + chunk * LANES) * CHUNK + half * UNIT;
-    const int unit_high = unit_low + (HALVES == 1 ? (SPAN - 1) * LANES * CHUNK + CHUNK : UNIT);
-    const int new_low = max(unit_low, fresh), new_high = min(unit_high, context);
-    const int items = (new_high - new_low) * (is_value ? PIECES : HALF);
-    for (int i = mate; i < items; i += 32 * TEAM) {
-      const int key = new_low + i / (is_value ? PIECES : HALF);
-      if (key / CHUNK % LANES != stream) continue;  // another lane's, between two chunks of the span
-      const int n = key / CHUNK / LANES % SPAN * CHUNK + (key - half * UNIT) % CHUNK;
-      const i64 row = first + key - fresh;
-      if (is_value) {
-        const int col = i % PIECES * 8;
-        *(uint4*)&room[n][col] = *(const uint4*)(v + row * v_stride + kv_head * HEAD + col);
-        continue;
-      }
-      const int pair = i % HALF;
-      const i64 slot = slots[row];
-      const u16* from = k + row * k_stride + kv_head * HEAD + pair;
-      const u32 value = *(const u32*)(v + row * v_stride + kv_head * HEAD + 2 * pair);
-      const u32 turned = rotated_pair(from[0], from[HALF], cosines[(i64)key * HALF + pair],
-                                      sines[(i64)key * HALF + pair]);
-      room[n][pair] = (u16)turned;
-      room[n][pair + HALF] = (u16)(turned >> 16);
-      if (slot >= 0) {
-        const i64 at = (slot * NUM_KV + kv_head) * HEAD;
-        key_cache[at + pair] = (u16)turned;
-        key_cache[at + pair + HALF] = (u16)(turned >> 16);
-        *(u32*)(value_cache + at + 2 * pair) = value;
-      }
-    }
-#endif
-  };
-
-  for (int m0 = 0; m0 < num_queries; m0 += QUERIES) {
-    const int count = min(QUERIES, num_queries - m0);
-    if (num_chunks > 16 * LANES) places = places_from(0);
-    float2 turns[QUERIES * HALF / THREADS];
-#pragma unroll
-    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
-      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
-      turns[i] = make_float2(0.f, 0.f);
-      // rows of a sequence follow each other; what lies past the context is no row that counts
-      const i64 turn = (i64)min(first_position + (m0 + m) / RATIO, context - 1) * HALF + pair;
-      if (ROTATE && m < count) turns[i] = make_float2(cosines[turn], sines[turn]);
-    }
-#pragma unroll 1
-    for (int unit = 0; unit < STAGES - 1; unit++) fetch_old(unit);
-#if ROTATE
-    // nothing so far was written by kernels that may still run
-    if (m0 == 0) wait_for_earlier_kernels();
-#endif
-    u32 pairs[QUERIES * HALF / THREADS];
-#pragma unroll
-    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
-      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
-      pairs[i] = 0;
-      if (m < count) {
-        const i64 row = first + (m0 + m) / RATIO;
-        const u16* from = q + row * q_stride + (kv_head * RATIO + (m0 + m) % RATIO) * HEAD + pair;
-        pairs[i] = from[0] | (u32)from[HALF] << 16;
-      }
-    }
-#pragma unroll 1
-    for (int unit = 0; unit < STAGES - 1; unit++) add_new(unit);
-#pragma unroll
-    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
-      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
-      u32 turned = pairs[i];
-      if (ROTATE) turned = rotated_pair(turned & 0xFFFF, turned >> 16, turns[i].x, turns[i].y);
-      sh.queries[m][pair] = (u16)turned;
-      sh.queries[m][pair + HALF] = (u16)(turned >> 16);
-    }
-    int last_keys[2];  // that this thread's two queries see
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int m = tile * 16 + half * 8 + g;
-      last_keys[half] = m < count ? first_position + (m0 + m) / RATIO : -1;
-    }
-    __syncthreads();
-
-    float total[COLS / 8][4] = {}, sums[4] = {}, tops[2] = {-INFINITE, -INFINITE};
-    const u32 queries = smem_address(&sh.queries[tile * 16 + (lane & 15)][(lane >> 4) * 8]);
-    const int key_row = (lane & 7) + (lane >> 4) * 8, key_col = (lane >> 3 & 1) * 8;
-
-    float scores[CHUNK / 8][4];
-    u32 weights[CHUNK / 8][2];
-    // scores of 16 keys
-    const auto score = [&](float (&low)[4], float (&high)[4], u32 keys) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) low[i] = high[i] = 0.f;
-#pragma unroll
-      for (int step = 0; step < HEAD / 16; step++) {
-        u32 a[4], b[4];
-        load_matrices(a, queries + step * 32);
-        load_matrices(b, keys + step * 32);
-        mma_bf16(low, a, b[0], b[1]);
-        mma_bf16(high, a, b[2], b[3]);
-      }
-    };
-    // weights of a chunk of keys from their scores
-    const auto weigh = [&](int low) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float top = tops[half];
-#pragma unroll
-        for (int i = 0; i < CHUNK / 4; i++) {
-          float& score = scores[i / 2][half * 2 + i % 2];
-          const int key = low + i / 2 * 8 + 2 * t + i % 2;
-          score = key <= last_keys[half] ? __fmul_rn(score, factor) : -INFINITE;
-          top = fmaxf(top, score);
-        }
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        const float safe = top == -INFINITE ? 0.f : top;
-        const float shrink = exp2_of(tops[half] - safe);
-        tops[half] = top;
-#pragma unroll
-        for (int i = 0; i < CHUNK / 8; i++)
-          weights[i][half] = float_to_bf16(exp2_of(scores[i][half * 2] - safe)) |
-                             float_to_bf16(exp2_of(scores[i][half * 2 + 1] - safe)) << 16;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          sums[half * 2 + i] = __fmul_rn(sums[half * 2 + i], shrink);
-#pragma unroll
-          for (int col = 0; col < COLS / 8; col++)
-            total[col][half * 2 + i] = __fmul_rn(total[col][half * 2 + i], shrink);
-        }
-      }
-    };
-    // 16 weighted values
-    const auto add = [&](int half, u32 values) {
-      const u32 a[4] = {weights[half * 2][0], weights[half * 2][1], weights[half * 2 + 1][0],
-                        weights[half * 2 + 1][1]};
-#if COLS == 8
-      u32 b[2];
-      load_transposed(b, values);
-      mma_bf16(total[0], a, b[0], b[1]);
-#else
-#pragma unroll
-      for (int col = 0; col < COLS / 16; col++) {
-        u32 b[4];
-        load_transposed(b, values + col * 32);
-        mma_bf16(total[col * 2], a, b[0], b[1]);
-        mma_bf16(total[col * 2 + 1], a, b[2], b[3]);
-      }
-#endif
-      mma_bf16(sums, a, ONES, ONES);
-    };
-
-#pragma unroll 1
-    for (int unit = 0; unit < num_units; unit++) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-      meet_team(team);
-      fetch_old(unit + STAGES - 1);  // where the unit before this one was
-      add_new(unit + STAGES - 1);
-      Unit& room = sh.ring[team][unit % STAGES];
-      const int chunk = unit / (2 * HALVES) * SPAN;
-      const u32 values = smem_address(&room[lane & 15][share * COLS + (COLS > 8) * (lane >> 4) * 8]);
-#if SHARES == 1
-      const u32 keys = smem_address(&room[key_row][key_col]);
-      switch (unit % 4) {
-        case 0: score(scores[0], scores[1], keys); break;
-        case 1:
-          score(scores[2], scores[3], keys);
-          weigh((stream + chunk * LANES) * CHUNK);
-          break;
-        case 2: add(0, values); break;
-        default: add(1, values);
-      }
-#else
-      float* mine = &sh.scores[team][tile * 16 + g][2 * t];
-      if (unit % 2 == 0) {  // each warp the scores of 16 keys; the next turn's meeting is theirs too
-        score(scores[0], scores[1], smem_address(&room[share * 16 + key_row][key_col]));
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          *(float2*)(mine + i / 2 * 8 * SCORES + share * 16 + i % 2 * 8) =
-              make_float2(scores[i % 2][i / 2 * 2], scores[i % 2][i / 2 * 2 + 1]);
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < SPAN && chunk + i < num_mine; i++) {
-#pragma unroll
-          for (int j = 0; j < CHUNK / 4; j++) {
-            const float2 pair = *(const float2*)(mine + j / 4 * 8 * SCORES + i * CHUNK + j % 4 * 8);
-            scores[j % 4][j / 4 * 2] = pair.x;
-            scores[j % 4][j / 4 * 2 + 1] = pair.y;
-          }
-          weigh((stream + (chunk + i) * LANES) * CHUNK);
-#pragma unroll
-          for (int half = 0; half < 2; half++)
-            add(half, values + (i * CHUNK + half * 16) * PITCH * 2);
-        }
-      }
-#endif
-    }
+  const Attention p = {q,         k,           v,         q_stride, k_stride, v_stride,
+                       cosines,   sines,       key_cache, value_cache,
+                       positions, slots,       cu_rows,   contexts, tables,
+                       table_stride, table_size, scale};
+  const auto meet_block = [&]() { __syncthreads(); };
+  const auto wait_for_rows = [&]() { wait_for_earlier_kernels(); };
+  const auto finish = [&](const Partial& part, int m0, int count, i64 first) {
     __syncthreads();  // the ring becomes the result
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -438,10 +69,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
 #pragma unroll
       for (int col = 0; col < COLS / 8; col++)
         *(float2*)&sh.result[team][m][share * COLS + col * 8 + 2 * t] =
-            make_float2(total[col][half * 2], total[col][half * 2 + 1]);
+            make_float2(part.total[col][half * 2], part.total[col][half * 2 + 1]);
       if (share == 0 && t == 0) {
-        sh.tops[team][m] = tops[half];
-        sh.sums[team][m] = sums[half * 2];
+        sh.tops[team][m] = part.tops[half];
+        sh.sums[team][m] = part.sums[half * 2];
       }
     }
     arrive();
@@ -452,36 +83,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
     if (i >= num_parts) arrive();
     while (i < num_parts) {
       const int m = i / (HEAD / PART), first_col = i % (HEAD / PART) * PART;
-      float found[LANES][2];
+      Found found;
 #pragma unroll
       for (int j = 0; j < LANES; j++)
 #pragma unroll
         for (int n = 0; n < 2; n++)
-          found[j][n] = remote(&sh.result[j / CLUSTER][m][first_col + n * 32 + lane], j % CLUSTER);
-      // a warp's lanes hold the tops of the streams, then their sums
+          found.values[j][n] = remote(&sh.result[j / CLUSTER][m][first_col + n * 32 + lane], j % CLUSTER);
       const int other = lane % LANES;
       const bool is_top = lane % (2 * LANES) < LANES;
       const float* from = is_top ? &sh.tops[other / CLUSTER][m] : &sh.sums[other / CLUSTER][m];
-      const float mine = remote(from, other % CLUSTER);
+      found.mine = remote(from, other % CLUSTER);
       i += CLUSTER * WARPS;
       if (i >= num_parts) arrive();  // its last reads of other blocks
-      float top = is_top ? mine : -INFINITE;
-#pragma unroll
-      for (int step = LANES; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      const float weights = exp2_of(mine - (top == -INFINITE ? 0.f : top));  // of lanes with tops
-      float sum = 0.f, all[2] = {};
-#pragma unroll
-      for (int j = 0; j < LANES; j++) {
-        const float weight = __shfl_sync(~0u, weights, j);
-        sum = __fadd_rn(sum, __fmul_rn(weight, __shfl_sync(~0u, mine, LANES + j)));
-#pragma unroll
-        for (int n = 0; n < 2; n++) all[n] = __fadd_rn(all[n], __fmul_rn(weight, found[j][n]));
-      }
-#pragma unroll
-      for (int n = 0; n < 2; n++) all[n] = __fdiv_rn(all[n], sum == 0.f ? 1.f : sum);
+      float all[2];
+      merge(found, all);
       const int head = kv_head * RATIO + (m0 + m) % RATIO;
       write(all, first + (m0 + m) / RATIO, head * HEAD + first_col, out, codes, meta, pitch);
     }
     wait();
-  }
+  };
+  attend_lanes(sh, p, rank, kv_head, seq, thread, 1, meet_block, wait_for_rows, finish);
 }

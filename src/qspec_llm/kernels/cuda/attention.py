@@ -12,6 +12,7 @@ from torch import Tensor
 from qspec_llm.kernels import LayerKV, Rows
 from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.compile import kernel, num_multiprocessors
+from qspec_llm.kernels.cuda.form import HEAD_DIMS, LANES, PLACED
 from qspec_llm.kernels.cuda.rows import targets
 from qspec_llm.kernels.triton import attention as by_triton
 from qspec_llm.kernels.triton.launch import can_overlap
@@ -21,9 +22,7 @@ from qspec_llm.weights.view import Activation
 
 __all__ = ["attend", "rotate_write_attend"]
 
-HEAD_DIMS = (64, 128)
-LANES, QUERIES, WARPS = 8, 16, 8  # of attention.cu; queries and warps for each tile of queries
-PLACED = 16  # keys that lie side by side in the cache
+QUERIES, WARPS = 16, 8  # of attention.cu, for each tile of queries
 CLUSTERS = (8, 4, 2, 1)  # blocks that may share a KV head
 MOST_STAGES = 8
 SMEM_PER_BLOCK, SMEM_PER_SM = 227 << 10, 228 << 10
@@ -121,7 +120,7 @@ def _attend(
         CLUSTER=cluster,
         STAGES=stages,
         ROTATE=int(angles is not None),
-        GROUP=group,
+        QUANT_GROUP=group,
         TOP=top,
     )
     out: Tensor | Quantized

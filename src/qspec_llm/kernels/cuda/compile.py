@@ -176,6 +176,7 @@ class Kernel:
         smem: int = 0,
         cluster: int = 1,
         pdl: bool = False,
+        cooperative: bool = False,
     ) -> None:
         """Launch on torch's current stream of the current device.
 
@@ -188,10 +189,11 @@ class Kernel:
             cluster: neighbouring blocks that form a cluster.
             pdl: the kernel may start before the stream's previous one has ended; the kernel itself
                 waits where it must (programmatic dependent launch).
+            cooperative: all blocks run at a time, so that they may wait for each other.
         """
         device = torch.cuda.current_device()
         driver = _bindings("driver")
-        config = self._config(driver, (*grid, 1, 1)[:3], block, smem, cluster, pdl)
+        config = self._config(driver, (*grid, 1, 1)[:3], block, smem, cluster, pdl, cooperative)
         config.hStream = torch.cuda.current_stream(device).cuda_stream
         values = [_argument(value) for value in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -228,9 +230,16 @@ class Kernel:
         return self._handles[device]
 
     def _config(
-        self, driver: Any, grid: tuple[int, ...], block: int, smem: int, cluster: int, pdl: bool
+        self,
+        driver: Any,
+        grid: tuple[int, ...],
+        block: int,
+        smem: int,
+        cluster: int,
+        pdl: bool,
+        cooperative: bool = False,
     ) -> Any:
-        key = (grid, block, smem, cluster, pdl)
+        key = (grid, block, smem, cluster, pdl, cooperative)
         if key not in self._configs:
             config = driver.CUlaunchConfig()
             config.gridDimX, config.gridDimY, config.gridDimZ = grid
@@ -248,6 +257,11 @@ class Kernel:
                 ids = driver.CUlaunchAttributeID
                 one.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
                 one.value.programmaticStreamSerializationAllowed = 1
+                attributes.append(one)
+            if cooperative:
+                one = driver.CUlaunchAttribute()
+                one.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+                one.value.cooperative = 1
                 attributes.append(one)
             config.attrs, config.numAttrs = attributes, len(attributes)
             self._configs[key] = config

@@ -15,7 +15,10 @@ from qspec_llm.kernels.cuda.layout import (
 from qspec_llm.weights.planes import Grid, PlaneSpec
 from qspec_llm.weights.view import Activation, View
 
-__all__ = ["Form", "Product", "form_of", "form_of_weight"]
+__all__ = ["HEAD_DIMS", "LANES", "PLACED", "Form", "Product", "form_of", "form_of_weight"]
+
+# attention.cuh: head sizes that it knows, lanes of keys, keys that lie side by side in the cache
+HEAD_DIMS, LANES, PLACED = (64, 128), 8, 16
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,16 @@ DEVICE void store_shared(u32 at, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
 }
 
+DEVICE void store_shared2(u32 at, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
+}
+
+DEVICE void store_shared4(u32 at, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
 DEVICE void zero_shared4(u32 at) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
 }
@@ -164,6 +174,13 @@ DEVICE u32 float_to_bf16(float f) {
   return r;
 }
 
+// Two floats as a pair of bf16: one fast instruction, where single ones share the slow unit of exponentials.
+DEVICE u32 pack_bf16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
 // ---- programmatic dependent launch ---------------------------------------------------------------
 
 // The next kernel may start: what it reads of ours it waits for.
@@ -233,6 +250,25 @@ DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {
       : "memory");
 }
 
+// A warp's copy of two pieces into its shared memory, by one of its lanes; `bar` counts the bytes. There is
+// no second piece where `more` is 0. Told by elect.sync, the compiler issues it once, without a loop over
+// lanes that might differ.
+DEVICE void bulk_load_by_warp(u32 to, const void* from, u32 bytes, u32 to_more, const void* from_more,
+                              u32 more, u32 bar, u64 policy) {
+  asm volatile(
+      "{ .reg .pred p, q; .reg .b64 t; .reg .u32 all;\n"
+      "elect.sync _|p, 0xFFFFFFFF;\n"
+      "add.u32 all, %2, %5;\n"
+      "setp.ne.and.u32 q, %5, 0, p;\n"
+      "@p mbarrier.arrive.expect_tx.shared::cta.b64 t, [%6], all;\n"
+      "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], "
+      "%2, [%6], %7;\n"
+      "@q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%3], [%4], "
+      "%5, [%6], %7; }" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(to_more), "l"(from_more), "r"(more), "r"(bar), "l"(policy)
+      : "memory");
+}
+
 // A box of a row-major matrix, from column x and row y; what lies outside arrives as zeros.
 DEVICE void tensor_load(u32 to, const TensorMap* map, int x, int y, u32 bar) {
   asm volatile(
@@ -255,15 +291,6 @@ DEVICE u32 remote_address(u32 at, u32 rank) {
   u32 r;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(rank));
   return r;
-}
-
-// Two floats into another block's shared memory; its barrier counts the bytes. No fence is needed.
-DEVICE void store_remote(u32 at, float a, float b, u32 bar) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-          at),
-      "f"(a), "f"(b), "r"(bar)
-      : "memory");
 }
 
 DEVICE void barrier_arrive_remote(u32 bar) {

@@ -1,66 +1,27 @@
 // Operations on single rows: the residual add with RMSNorm, and SwiGLU, each with the quantisation of
 // its result. A thread holds vectors of 8 columns; sums have one order, given by the width alone.
 //
-// Defines: WIDTH columns, THREADS, GROUP 0, 32 or 64 and TOP: how the result is quantised (0: it is
+// Defines: WIDTH columns, THREADS, QUANT_GROUP 0, 32 or 64 and TOP: how the result is quantised (0: it is
 // written in bf16); HAS_DELTA; WEIGHT_FLOAT: the norm's weight is float32, else bf16.
 
-#include "ptx.cuh"
-#include "quantize.cuh"
+#include "vector.cuh"
 
 #define VECTORS (WIDTH / 8)
 #define ROUNDS ((VECTORS + THREADS - 1) / THREADS)
 
 typedef long long i64;
 
-DEVICE void unpack(const uint4& packed, float (&x)[8]) {
-  const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
-  }
-}
-
-DEVICE uint4 pack(const float (&x)[8]) {
-  u32 words[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    words[i] = float_to_bf16(x[2 * i]) | float_to_bf16(x[2 * i + 1]) << 16;
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 // Writes vector `at` of a row: its 8 columns as bf16 or quantised. All lanes of a warp call it.
 DEVICE void write(const float (&exact)[8], int at, i64 row, u16* out, u8* codes, int2* meta,
                   int pitch) {
   const uint4 rounded = pack(exact);
-#if GROUP
-  float x[8], top = 0.f;
+#if QUANT_GROUP
+  float x[8];
   unpack(rounded, x);
-#pragma unroll
-  for (int i = 0; i < 8; i++) top = fmaxf(top, fabsf(x[i]));
-#pragma unroll
-  for (int step = 1; step < GROUP / 8; step <<= 1)
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-  const Scale scale(top);
-  u32 words[2] = {0, 0};
-  int sum = 0;
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int code = scale.code(x[i]);
-    words[i / 4] |= (u32)(code & 255) << (i % 4 * 8);
-    sum += code;
-  }
-#pragma unroll
-  for (int step = 1; step < GROUP / 8; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
-  // of every 16 columns the two halves of 8 are interleaved: neighbours swap four codes
-  const bool is_upper = at & 1;
-  const u32 other = __shfl_xor_sync(~0u, is_upper ? words[0] : words[1], 1);
-  const u32 first = is_upper ? other : words[0], second = is_upper ? words[1] : other;
+  const QuantizedVector quantized(x, at & 1);
   if (at < VECTORS) {
-    *(uint2*)(codes + row * WIDTH + at * 8) =
-        make_uint2(permute(first, second, 0x5140), permute(first, second, 0x7362));
-    if (at % (GROUP / 8) == 0)
-      meta[(i64)(at / (GROUP / 8)) * pitch + row] = make_int2(__float_as_int(scale.value), sum);
+    *(uint2*)(codes + row * WIDTH + at * 8) = quantized.words;
+    if (at % (QUANT_GROUP / 8) == 0) meta[(i64)(at / (QUANT_GROUP / 8)) * pitch + row] = quantized.meta;
   }
 #else
   if (at < VECTORS) *(uint4*)(out + row * WIDTH + at * 8) = rounded;
@@ -144,8 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     unpack(*(const uint4*)(gate_up + row * 2 * WIDTH + at * 8), gate);
     unpack(*(const uint4*)(gate_up + row * 2 * WIDTH + WIDTH + at * 8), up);
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      product[i] = __fmul_rn(__fdividef(gate[i], 1.f + __expf(-gate[i])), up[i]);  // to 2 ulp
+    for (int i = 0; i < 8; i++) product[i] = silu_of(gate[i], up[i]);
   }
   write(product, at, row, out, codes, meta, pitch);
 }

@@ -113,7 +113,7 @@ def _form(out: Tensor | Quantized, num_cols: int) -> dict[str, int]:
     """Macros that say how the result is quantised."""
     activation = out.activation if isinstance(out, Quantized) else None
     group, top = group_and_top(num_cols, activation)
-    return {"GROUP": group, "TOP": top}
+    return {"QUANT_GROUP": group, "TOP": top}
 
 
 def targets(out: Tensor | Quantized) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:

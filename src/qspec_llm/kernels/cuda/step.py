@@ -1,8 +1,10 @@
-"""A forward pass with fused kernels: seven launches a layer, the same bits as one by one.
+"""A forward pass with fused kernels: the same bits as the operations one by one.
 
-Fused are the residual add with the norm after it and the quantisation after that; RoPE, the write
-of K and V, attention, the merge of its splits and the quantisation after it; SwiGLU with the
-quantisation after it. Nothing here waits for the GPU, so a pass can be captured in a graph.
+Few generated rows go through all layers in one kernel (persistent.py), where it knows the model.
+Others take seven launches a layer. Fused are the residual add with the norm after it and the
+quantisation after that; RoPE, the write of K and V, attention, the merge of its splits and the
+quantisation after it; SwiGLU with the quantisation after it. Nothing here waits for the GPU, so a
+pass can be captured in a graph.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from qspec_llm.kernels import Forward, LayerKV, Rows
 from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.kernels.cuda.attention import rotate_write_attend
 from qspec_llm.kernels.cuda.matrices import embed, linear, takes_quantized
+from qspec_llm.kernels.cuda.persistent import Layout, Persistent
 from qspec_llm.kernels.cuda.rows import add_rms_norm, rms_norm, silu_mul
 from qspec_llm.kernels.triton.prompt import attend_prompt
 from qspec_llm.kernels.triton.rope import rotate_and_write
@@ -50,6 +53,8 @@ class _WholeStep:
         self._decoder = decoder
         config = decoder.config
         self._sizes = [config.query_size, config.kv_size, config.kv_size]
+        self._persistent = Persistent(decoder) if Persistent.takes(decoder) else None
+        self._checked: set[tuple[View, Layout]] = set()
 
     def __call__(
         self,
@@ -62,7 +67,61 @@ class _WholeStep:
         """What `Decoder.forward` returns, for tensors on the GPU."""
         decoder, eps = self._decoder, self._decoder.config.norm_eps
         form = view.activation if view.is_draft else None
-        x, delta = embed(tokens, decoder.embedding, decoder.dtype), None
+        x = embed(tokens, decoder.embedding, decoder.dtype)
+        x, delta = self._layers(x, rows, kv, view)
+        if logit_rows is not None:
+            if logit_rows.numel() == 0:
+                return x.new_zeros(0, decoder.config.vocab_size, dtype=torch.float32)
+            x = x[logit_rows]
+            delta = None if delta is None else delta[logit_rows]
+        _, hidden = add_rms_norm(x, delta, decoder.final_norm, eps, self._form(decoder.head, form))
+        return self._linear(hidden, decoder.head, view, rows, torch.float32)
+
+    def _layers(
+        self, x: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after all layers, and what is still to be added to it."""
+        laid = None
+        if self._persistent is not None:
+            laid = self._persistent.layout(rows, view, kv[0].block_size)
+        if self._persistent is None or laid is None:
+            return self._one_by_one(x, rows, kv, view)
+        if (view, laid) not in self._checked and not torch.cuda.is_current_stream_capturing():
+            self._check(x, rows, kv, view, laid)
+        self._persistent(x, rows, kv, view, laid)
+        return x, None
+
+    def _check(
+        self, x: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View, laid: Layout
+    ) -> None:
+        """Compare, before it serves, the one kernel with the many: every bit of real rows.
+
+        Raises:
+            QSpecError: they differ.
+        """
+        assert self._persistent is not None
+        if not bool((rows.contexts > 0).all()):  # rows of no sequence hold anything
+            return
+        ours = x.clone()
+        self._persistent(ours, rows, kv, view, laid)
+        theirs, delta = self._one_by_one(x, rows, kv, view)
+        assert delta is not None
+        theirs = (theirs.float() + delta.float()).to(x.dtype)
+        if not torch.equal(ours.view(torch.int16), theirs.view(torch.int16)):
+            raise QSpecError(
+                f"the cuda backend's self-check failed on {torch.cuda.get_device_name()}: a pass "
+                f"over {x.shape[0]} rows in one kernel differs from the same pass in many; use "
+                "backend 'cpu' and report the versions of the driver and of qspec-llm"
+            )
+        self._checked.add((view, laid))
+
+    def _one_by_one(
+        self, x: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layers, kernel by kernel."""
+        decoder, eps = self._decoder, self._decoder.config.norm_eps
+        form = view.activation if view.is_draft else None
+        delta = None
         for layer, layer_kv in zip(decoder.layers, kv, strict=True):
             x, hidden = add_rms_norm(x, delta, layer.input_norm, eps, self._form(layer.qkv, form))
             qkv = self._linear(hidden, layer.qkv, view, rows)
@@ -73,13 +132,7 @@ class _WholeStep:
             gate_up = self._linear(hidden, layer.gate_up, view, rows)
             inner = silu_mul(gate_up, self._form(layer.down, form))
             delta = self._linear(inner, layer.down, view, rows)
-        if logit_rows is not None:
-            if logit_rows.numel() == 0:
-                return x.new_zeros(0, decoder.config.vocab_size, dtype=torch.float32)
-            assert delta is not None, "a decoder without layers"
-            x, delta = x[logit_rows], delta[logit_rows]
-        _, hidden = add_rms_norm(x, delta, decoder.final_norm, eps, self._form(decoder.head, form))
-        return self._linear(hidden, decoder.head, view, rows, torch.float32)
+        return x, delta
 
     def _form(self, layer: Any, form: Activation | None) -> Activation | None:
         """How to quantise the input of a linear: not at all if one of its parts is dense."""

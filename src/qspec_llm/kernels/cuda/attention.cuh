@@ -1,0 +1,457 @@
+// Attention of generated positions: what a team of warps does with its lane of keys, and the merge of lanes.
+//
+// The keys are cut into chunks of CHUNK, and chunk c belongs to lane c % LANES. A lane takes its chunks
+// in order with a running maximum (Milakov and Gimelshein 2018); then the lanes are merged in their
+// order. So which keys meet in which order depends on their positions alone, and keys beyond a query
+// change nothing: its result is the same whatever is computed with it.
+//
+// A lane is the work of a team of warps that needs no other one until the merge. Of a unit of keys each
+// warp of a team computes the scores of 16, of the result the columns that are its share; it reads all
+// scores of its queries. Who else shares a lane, or how many lanes a block has, changes no sum. A
+// lane keeps STAGES units of keys or values in shared memory or on their way.
+//
+// With ROTATE the rows' places and the keys and values before them are read before the rows themselves are
+// there: nothing that still runs may write those.
+//
+// Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE, a multiple of 16; MT: QUERIES = 16 MT;
+// CLUSTER: lanes that meet belong to 1, 2, 4 or 8 groups of threads (blocks, in attention.cu); STAGES;
+// ROTATE 1: q, k, v come unrotated, and keys from the first row's position on come from them; 0: q is ready
+// and every key is in the cache; QUANT_GROUP 0, 32 or 64 and TOP: how the result is quantised. UNIT: keys
+// of a unit, where it is not 16 for each warp that shares a lane.
+
+#pragma once
+#include "ptx.cuh"
+#include "quantize.cuh"
+
+#define LANES 8
+#define CHUNK 32
+#define PLACED 16              // keys that lie side by side in the cache
+#define OWN (LANES / CLUSTER)  // lanes of a block
+#define SHARES (8 / OWN)       // warps among which a lane's columns are shared out
+#define TEAM (SHARES * MT)     // warps of a lane
+#define WARPS (OWN * TEAM)
+#define THREADS (32 * WARPS)
+#define QUERIES (16 * MT)
+#define HALF (HEAD / 2)
+#define RATIO (NUM_HEADS / NUM_KV)
+#define PITCH (HEAD + 8)             // of rows in shared memory: an odd number of 16-byte units
+#define PIECES (HEAD / 8)            // 16-byte pieces of a row
+#define COPIED (32 * TEAM / PIECES)  // rows that a team copies at a time
+#define COLS (HEAD / SHARES)         // of the result, for a warp
+#define PART 64                      // columns of the result that a warp merges
+#ifndef UNIT
+#define UNIT (16 * SHARES)  // keys, or values: half a chunk or whole ones
+#endif
+#define HALVES (SHARES == 1 ? 2 : 1)
+#define SPAN (UNIT * HALVES / CHUNK)  // chunks whose keys come in HALVES units, and then their values
+#define SCORES (UNIT + 8)             // pitch of scores that warps exchange
+#define LOG2E 1.4426950408889634f
+#define INFINITE __int_as_float(0x7f800000)
+#define ONES 0x3F803F80u  // two of bf16
+
+typedef long long i64;
+
+DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
+  const u32 bytes = is_inside ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+DEVICE void load_transposed(u32 (&b)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(at));
+}
+
+DEVICE void load_transposed(u32 (&b)[2], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(b[0]), "=r"(b[1])
+               : "r"(at));
+}
+
+DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DEVICE u32 rotated_pair(u32 low, u32 high, float c, float s) {
+  const float a = bf16_to_float(low), b = bf16_to_float(high);
+  return pack_bf16(__fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s)),
+                   __fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s)));
+}
+
+typedef u16 Unit[UNIT][PITCH];  // keys or values
+
+struct Shared {
+  u16 queries[QUERIES][PITCH];
+  float tops[OWN][QUERIES], sums[OWN][QUERIES];  // other blocks read them, and the result
+#if SHARES > 1
+  float scores[OWN][QUERIES][SCORES];
+#endif
+  union {
+    Unit ring[OWN][STAGES];
+    float result[OWN][QUERIES][HEAD + 4];  // once the block needs no more keys
+  };
+};
+
+// Waits for the warps of a team; what they wrote to shared memory before is visible after.
+DEVICE void meet_team(int barrier) {
+#if TEAM == 1
+  __syncwarp();
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(32 * TEAM) : "memory");
+#endif
+}
+
+struct Attention {
+  const u16 *q, *k, *v;
+  int q_stride, k_stride, v_stride;
+  const float *cosines, *sines;
+  u16 *key_cache, *value_cache;
+  const i64 *positions, *slots, *cu_rows, *contexts, *tables;
+  int table_stride, table_size;
+  float scale;
+};
+
+// What a thread holds of a lane's result: two queries, COLS columns of its warp.
+struct Partial {
+  float total[COLS / 8][4], sums[4], tops[2];
+};
+
+// The lanes' results for columns lane and lane + 32 of PART ones; `mine` is the top of lane j of chunks in
+// the warp's lanes j and the sum of its weights in lanes LANES + j.
+struct Found {
+  float values[LANES][2], mine;
+};
+
+// The lanes in their order.
+DEVICE void merge(const Found& found, float (&all)[2]) {
+  const int lane = threadIdx.x & 31;
+  const bool is_top = lane % (2 * LANES) < LANES;
+  float top = is_top ? found.mine : -INFINITE;
+#pragma unroll
+  for (int step = LANES; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  const float weights = exp2_of(found.mine - (top == -INFINITE ? 0.f : top));  // of lanes with tops
+  float sum = 0.f;
+  all[0] = all[1] = 0.f;
+#pragma unroll
+  for (int j = 0; j < LANES; j++) {
+    const float weight = __shfl_sync(~0u, weights, j);
+    sum = __fadd_rn(sum, __fmul_rn(weight, __shfl_sync(~0u, found.mine, LANES + j)));
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+      all[n] = __fadd_rn(all[n], __fmul_rn(weight, found.values[j][n]));
+  }
+#pragma unroll
+  for (int n = 0; n < 2; n++) all[n] = __fdiv_rn(all[n], sum == 0.f ? 1.f : sum);
+}
+
+// PART columns of one finished query, by one warp: columns lane and lane + 32.
+DEVICE void write(const float (&exact)[2], i64 row, int first_col, u16* out, u8* codes, int2* meta,
+                  int pitch) {
+  const int lane = threadIdx.x & 31;
+#if QUANT_GROUP
+#pragma unroll
+  for (int group = 0; group < PART / QUANT_GROUP; group++) {
+    float value[QUANT_GROUP / 32], top = 0.f;
+#pragma unroll
+    for (int i = 0; i < QUANT_GROUP / 32; i++) {
+      value[i] = bf16_to_float(float_to_bf16(exact[group * (QUANT_GROUP / 32) + i]));
+      top = fmaxf(top, fabsf(value[i]));
+    }
+#pragma unroll
+    for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    const Scale scale(top);
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < QUANT_GROUP / 32; i++) {
+      const int code = scale.code(value[i]);
+      const int col = first_col + group * QUANT_GROUP + i * 32 + lane;
+      // of every 16 columns the two halves of 8 are interleaved
+      codes[row * (NUM_HEADS * HEAD) + (col & ~15) + ((col & 7) << 1) + ((col >> 3) & 1)] = (u8)code;
+      sum += code;
+    }
+    sum = __reduce_add_sync(~0u, sum);
+    if (lane == 0)
+      meta[(i64)(first_col / QUANT_GROUP + group) * pitch + row] =
+          make_int2(__float_as_int(scale.value), sum);
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    out[row * (NUM_HEADS * HEAD) + first_col + i * 32 + lane] = (u16)float_to_bf16(exact[i]);
+#endif
+}
+
+// The lanes of a group of threads, OWN of them from lane `rank` on in steps of CLUSTER, of one KV head of one
+// sequence, for all its queries, QUERIES at a time.
+//
+//   thread           this one of THREADS
+//   first_barrier    named barriers from here on are the teams'
+//   meet_unit        waits for all THREADS threads
+//   wait_for_rows    returns when q, k, v may be read; every thread calls it once
+//   finish           takes a thread's results: Partial, the first query, how many, the sequence's first row
+template <class Meet, class Wait, class Finish>
+DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, int seq, int thread,
+                         int first_barrier, const Meet& meet_unit, const Wait& wait_for_rows,
+                         const Finish& finish) {
+  const int lane = thread & 31, warp = thread >> 5;
+  const int g = lane >> 2, t = lane & 3;
+  const int team = warp / TEAM, tile = warp % MT, share = warp / MT % SHARES;
+  const int mate = thread % (32 * TEAM);     // this thread in its team
+  const int stream = rank + team * CLUSTER;  // the lane of chunks
+
+  // where the keys of the stream's next 16 chunks lie: for lane i of a warp, PLACED keys of chunk i / 2
+  const i64* table = p.tables + (i64)seq * p.table_stride;
+  const auto places_from = [&](int chunk) {
+    const int key = (stream + (chunk + lane / 2) * LANES) * CHUNK + lane % 2 * PLACED;
+    return (int)table[min(key / BLOCK_SIZE, p.table_size - 1)] * BLOCK_SIZE + key % BLOCK_SIZE;
+  };
+  int places = places_from(0);
+  const int context = (int)p.contexts[seq];
+  const i64 first = p.cu_rows[seq];
+  const int num_queries = (int)(p.cu_rows[seq + 1] - first) * RATIO;
+  if (context == 0) {  // for all lanes of the sequence
+    wait_for_rows();
+    return;
+  }
+  const int first_position = (int)p.positions[first];
+  const int fresh = ROTATE ? first_position : context;  // later keys are in k and v
+  const int num_chunks = (context + CHUNK - 1) / CHUNK;
+  const int num_mine = (num_chunks - stream + LANES - 1) / LANES;  // of the stream
+  const int num_units = (num_mine + SPAN - 1) / SPAN * (2 * HALVES);
+  const float factor = __fmul_rn(p.scale, LOG2E);
+  const int mate_row = mate / PIECES, mate_col = mate % PIECES * 8;
+
+  // Starts the copies of what the cache has of a unit of the stream; rows past the context are zeros.
+  const auto fetch_old = [&](int unit) {
+    if (unit < num_units) {
+      const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
+      if (chunk % 16 == 0 && unit % (2 * HALVES) == 0 && unit) places = places_from(chunk);
+      Unit& room = sh.ring[team][unit % STAGES];
+      const u32 to = smem_address(&room[mate_row][mate_col]);
+      const u16* const cache = unit / HALVES % 2 ? p.value_cache : p.key_cache;
+#pragma unroll
+      for (int n = 0; n < UNIT; n += COPIED) {
+        const int at = half * UNIT + n + mate_row;  // of the span's keys
+        const int key = (stream + (chunk + at / CHUNK) * LANES) * CHUNK + at % CHUNK;
+        const int slot = __shfl_sync(~0u, places, chunk % 16 * 2 + at / PLACED) + at % PLACED;
+        const u16* from = cache + ((i64)slot * NUM_KV + kv_head) * HEAD + mate_col;
+        if (key < fresh || key >= context) copy_or_zero(to + n * PITCH * 2, from, key < context);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  // Adds the new keys or values to a unit, few if any: the context's last ones. Keys are rotated, and
+  // written to their slots with their values.
+  const auto add_new = [&](int unit) {
+#if ROTATE
+    if (unit >= num_units) return;
+    const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
+    const bool is_value = unit / HALVES % 2;
+    Unit& room = sh.ring[team][unit % STAGES];
+    const int unit_low = (stream + chunk * LANES) * CHUNK + half * UNIT;
+    const int unit_high = unit_low + (HALVES == 1 ? (SPAN - 1) * LANES * CHUNK + CHUNK : UNIT);
+    const int new_low = max(unit_low, fresh), new_high = min(unit_high, context);
+    const int items = (new_high - new_low) * (is_value ? PIECES : HALF);
+    for (int i = mate; i < items; i += 32 * TEAM) {
+      const int key = new_low + i / (is_value ? PIECES : HALF);
+      if (key / CHUNK % LANES != stream) continue;  // another lane's, between two chunks of the span
+      const int n = key / CHUNK / LANES % SPAN * CHUNK + (key - half * UNIT) % CHUNK;
+      const i64 row = first + key - fresh;
+      if (is_value) {
+        const int col = i % PIECES * 8;
+        *(uint4*)&room[n][col] = *(const uint4*)(p.v + row * p.v_stride + kv_head * HEAD + col);
+        continue;
+      }
+      const int pair = i % HALF;
+      const i64 slot = p.slots[row];
+      const u16* from = p.k + row * p.k_stride + kv_head * HEAD + pair;
+      const u32 value = *(const u32*)(p.v + row * p.v_stride + kv_head * HEAD + 2 * pair);
+      const u32 turned = rotated_pair(from[0], from[HALF], p.cosines[(i64)key * HALF + pair],
+                                      p.sines[(i64)key * HALF + pair]);
+      room[n][pair] = (u16)turned;
+      room[n][pair + HALF] = (u16)(turned >> 16);
+      if (slot >= 0) {
+        const i64 at = (slot * NUM_KV + kv_head) * HEAD;
+        p.key_cache[at + pair] = (u16)turned;
+        p.key_cache[at + pair + HALF] = (u16)(turned >> 16);
+        *(u32*)(p.value_cache + at + 2 * pair) = value;
+      }
+    }
+#endif
+  };
+
+  for (int m0 = 0; m0 < num_queries; m0 += QUERIES) {
+    const int count = min(QUERIES, num_queries - m0);
+    if (num_chunks > 16 * LANES) places = places_from(0);
+    float2 turns[QUERIES * HALF / THREADS];
+#pragma unroll
+    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
+      turns[i] = make_float2(0.f, 0.f);
+      // rows of a sequence follow each other; what lies past the context is no row that counts
+      const i64 turn = (i64)min(first_position + (m0 + m) / RATIO, context - 1) * HALF + pair;
+      if (ROTATE && m < count) turns[i] = make_float2(p.cosines[turn], p.sines[turn]);
+    }
+#pragma unroll 1
+    for (int unit = 0; unit < STAGES - 1; unit++) fetch_old(unit);
+#if ROTATE
+    // nothing so far was written by kernels that may still run
+    if (m0 == 0) wait_for_rows();
+#endif
+    u32 pairs[QUERIES * HALF / THREADS];
+#pragma unroll
+    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
+      pairs[i] = 0;
+      if (m < count) {
+        const i64 row = first + (m0 + m) / RATIO;
+        const u16* from = p.q + row * p.q_stride + (kv_head * RATIO + (m0 + m) % RATIO) * HEAD + pair;
+        pairs[i] = from[0] | (u32)from[HALF] << 16;
+      }
+    }
+#pragma unroll 1
+    for (int unit = 0; unit < STAGES - 1; unit++) add_new(unit);
+#pragma unroll
+    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+      const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
+      u32 turned = pairs[i];
+      if (ROTATE) turned = rotated_pair(turned & 0xFFFF, turned >> 16, turns[i].x, turns[i].y);
+      sh.queries[m][pair] = (u16)turned;
+      sh.queries[m][pair + HALF] = (u16)(turned >> 16);
+    }
+    int last_keys[2];  // that this thread's two queries see
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int m = tile * 16 + half * 8 + g;
+      last_keys[half] = m < count ? first_position + (m0 + m) / RATIO : -1;
+    }
+    meet_unit();
+
+    Partial part = {};
+    part.tops[0] = part.tops[1] = -INFINITE;
+    const u32 queries = smem_address(&sh.queries[tile * 16 + (lane & 15)][(lane >> 4) * 8]);
+    const int key_row = (lane & 7) + (lane >> 4) * 8, key_col = (lane >> 3 & 1) * 8;
+
+    float scores[CHUNK / 8][4];
+    u32 weights[CHUNK / 8][2];
+    // scores of 16 keys
+    const auto score = [&](float (&low)[4], float (&high)[4], u32 keys) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) low[i] = high[i] = 0.f;
+#pragma unroll
+      for (int step = 0; step < HEAD / 16; step++) {
+        u32 a[4], b[4];
+        load_matrices(a, queries + step * 32);
+        load_matrices(b, keys + step * 32);
+        mma_bf16(low, a, b[0], b[1]);
+        mma_bf16(high, a, b[2], b[3]);
+      }
+    };
+    // weights of a chunk of keys from their scores
+    const auto weigh = [&](int low) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        if (half && count <= 8) {  // no query there
+#pragma unroll
+          for (int i = 0; i < CHUNK / 8; i++) weights[i][1] = 0;
+          continue;
+        }
+        float top = part.tops[half];
+#pragma unroll
+        for (int i = 0; i < CHUNK / 4; i++) {
+          float& score = scores[i / 2][half * 2 + i % 2];
+          const int key = low + i / 2 * 8 + 2 * t + i % 2;
+          score = key <= last_keys[half] ? __fmul_rn(score, factor) : -INFINITE;
+          top = fmaxf(top, score);
+        }
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        const float safe = top == -INFINITE ? 0.f : top;
+        const float shrink = exp2_of(part.tops[half] - safe);
+        part.tops[half] = top;
+#pragma unroll
+        for (int i = 0; i < CHUNK / 8; i++)
+          weights[i][half] = pack_bf16(exp2_of(scores[i][half * 2] - safe),
+                                       exp2_of(scores[i][half * 2 + 1] - safe));
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          part.sums[half * 2 + i] = __fmul_rn(part.sums[half * 2 + i], shrink);
+#pragma unroll
+          for (int col = 0; col < COLS / 8; col++)
+            part.total[col][half * 2 + i] = __fmul_rn(part.total[col][half * 2 + i], shrink);
+        }
+      }
+    };
+    // 16 weighted values
+    const auto add = [&](int half, u32 values) {
+      const u32 a[4] = {weights[half * 2][0], weights[half * 2][1], weights[half * 2 + 1][0],
+                        weights[half * 2 + 1][1]};
+#if COLS == 8
+      u32 b[2];
+      load_transposed(b, values);
+      mma_bf16(part.total[0], a, b[0], b[1]);
+#else
+#pragma unroll
+      for (int col = 0; col < COLS / 16; col++) {
+        u32 b[4];
+        load_transposed(b, values + col * 32);
+        mma_bf16(part.total[col * 2], a, b[0], b[1]);
+        mma_bf16(part.total[col * 2 + 1], a, b[2], b[3]);
+      }
+#endif
+      mma_bf16(part.sums, a, ONES, ONES);
+    };
+
+#pragma unroll 1
+    for (int unit = 0; unit < num_units; unit++) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+      meet_team(first_barrier + team);
+      fetch_old(unit + STAGES - 1);  // where the unit before this one was
+      add_new(unit + STAGES - 1);
+      Unit& room = sh.ring[team][unit % STAGES];
+      const int chunk = unit / (2 * HALVES) * SPAN;
+      const u32 values = smem_address(&room[lane & 15][share * COLS + (COLS > 8) * (lane >> 4) * 8]);
+#if SHARES == 1
+      const u32 keys = smem_address(&room[key_row][key_col]);
+      switch (unit % 4) {
+        case 0: score(scores[0], scores[1], keys); break;
+        case 1:
+          score(scores[2], scores[3], keys);
+          weigh((stream + chunk * LANES) * CHUNK);
+          break;
+        case 2: add(0, values); break;
+        default: add(1, values);
+      }
+#else
+      float* mine = &sh.scores[team][tile * 16 + g][2 * t];
+      if (unit % 2 == 0) {  // each warp the scores of 16 keys; the next turn's meeting is theirs too
+        if (share * 16 < UNIT) {
+          score(scores[0], scores[1], smem_address(&room[share * 16 + key_row][key_col]));
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            *(float2*)(mine + i / 2 * 8 * SCORES + share * 16 + i % 2 * 8) =
+                make_float2(scores[i % 2][i / 2 * 2], scores[i % 2][i / 2 * 2 + 1]);
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < SPAN && chunk + i < num_mine; i++) {
+#pragma unroll
+          for (int j = 0; j < CHUNK / 4; j++) {
+            const float2 pair = *(const float2*)(mine + j / 4 * 8 * SCORES + i * CHUNK + j % 4 * 8);
+            scores[j % 4][j / 4 * 2] = pair.x;
+            scores[j % 4][j / 4 * 2 + 1] = pair.y;
+          }
+          weigh((stream + (chunk + i) * LANES) * CHUNK);
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            add(half, values + (i * CHUNK + half * 16) * PITCH * 2);
+        }
+      }
+#endif
+    }
+    finish(part, m0, count, first);
+  }
+}

@@ -1,0 +1,300 @@
+"""Launches of persistent.cu: all layers of a pass over one generated row, in one kernel.
+
+It wants Hopper's copy engine, bf16 activations, nested linears of one form, and room for the row in
+shared memory. Other passes run kernel by kernel (step.py), with the same bits.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qspec_llm.kernels import LayerKV, Rows
+from qspec_llm.kernels.cuda.activations import TOP_OF, activation_group
+from qspec_llm.kernels.cuda.compile import architecture, kernel, num_multiprocessors
+from qspec_llm.kernels.cuda.device import is_interpreted
+from qspec_llm.kernels.cuda.form import HEAD_DIMS, LANES, PLACED, Form, form_of
+from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS, PackedPlanes
+from qspec_llm.weights.planes import PlaneSpec
+from qspec_llm.weights.view import Activation, View
+
+__all__ = ["Layout", "Persistent", "Sizes", "layout_of"]
+
+WARPS, TEAMS = 16, 2  # of a block
+LINEARS = ("qkv", "output", "gate_up", "down")
+WIDEST_NORM = 8192  # columns that one norm of rows.cu reads in a round
+LEAST_SLOTS, MOST_TILES = 3, 6  # of a warp's ring: fewer are slower, more no faster
+UNIT = 64  # keys, or values, that a lane of attention takes at a time
+QUERIES = 16  # that a lane of attention takes at a time
+SMEM = 227 << 10
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's layers have in common.
+
+    Attributes:
+        hidden, inner: columns.
+        heads, kv_heads, head_dim: of attention.
+        layers: how many.
+        block_size: positions of a KV block.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a block uses its shared memory, and what its kernel is compiled for.
+
+    Attributes:
+        stages: units of keys or values that a lane of attention keeps.
+        slots, slot_tiles: of a warp's ring of weights.
+        smem: bytes.
+    """
+
+    stages: int
+    slots: int
+    slot_tiles: int
+    smem: int
+
+
+def _row_bytes(sizes: Sizes, form: Form) -> int:
+    """Bytes of the widest linear's row in shared memory (Input of persistent.cu)."""
+    widest = max(sizes.hidden, sizes.heads * sizes.head_dim, sizes.inner)
+    tiles = math.ceil(widest / TILE_COLS)
+    scales = TILE_COLS // form.act_group * 8 if form.act == 8 else 0
+    return tiles * (TILE_COLS * form.act // 8 + scales)
+
+
+def _lane_bytes(head_dim: int, stages: int) -> int:
+    """sizeof(Shared) of attention.cuh with a lane to itself."""
+    pitch = 2 * (head_dim + 8)
+    ring, result = stages * UNIT * pitch, QUERIES * (head_dim + 4) * 4
+    return QUERIES * (pitch + 8 + (UNIT + 8) * 4) + max(ring, result)
+
+
+@cache
+def layout_of(sizes: Sizes, form: Form, multiprocessors: int) -> Layout | None:
+    """Shared memory of a block; None: it has no room.
+
+    Weights on their way get what the row and attention, one after the other, leave.
+    """
+    teams = min(TEAMS, math.ceil(sizes.kv_heads * LANES / multiprocessors))
+    tile = form.base_bytes + form.rest_bytes
+    fixed = 2 * TEAMS * TILE_ROWS * 8 * 4 + 2 * WARPS * 4 + 256  # sums of panels and norms, places
+    for stages in (4, 3):
+        room = max(_row_bytes(sizes, form), teams * _lane_bytes(sizes.head_dim, stages))
+        for slot_tiles in (2, 1):
+            slot = WARPS * (slot_tiles * tile + 8)
+            slots = min((SMEM - fixed - room) // slot, MOST_TILES // slot_tiles)
+            if slots >= LEAST_SLOTS:
+                return Layout(stages, slots, slot_tiles, slots * slot + fixed + room)
+    return None
+
+
+class _Layer(ctypes.Structure):
+    """persistent.cu's LayerTable."""
+
+    _fields_ = (
+        ("base", ctypes.c_void_p * 4),
+        ("rest", ctypes.c_void_p * 4),
+        ("bias", ctypes.c_void_p * 4),
+        ("norm", ctypes.c_void_p * 2),
+        ("key_cache", ctypes.c_void_p),
+        ("value_cache", ctypes.c_void_p),
+    )
+
+
+POINTERS = (
+    "x", "qkv", "attended", "attended_meta", "gate_up", "inner", "inner_meta", "lanes",
+    "lane_stats", "meetings", "cosines", "sines", "positions", "slots", "cu_rows", "contexts",
+    "tables",
+)  # fmt: skip
+COUNTS = ("table_stride", "table_size", "bias_is_float")
+
+
+@cache
+def _step_type(num_layers: int) -> Any:
+    """persistent.cu's Step."""
+    fields = [
+        ("layers", _Layer * num_layers),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int) for name in COUNTS),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
+    return type("Step", (ctypes.Structure,), {"_fields_": fields})
+
+
+class Persistent:
+    """The layers of one decoder, as one kernel, and the memory that its blocks exchange rows in."""
+
+    def __init__(self, decoder: Any) -> None:
+        """Room for a row; `decoder` is one that `takes`."""
+        config = decoder.config
+        self._decoder = decoder
+        self._specs = [_spec_of(getattr(decoder.layers[0], name)) for name in LINEARS]
+        device = decoder.final_norm.device
+        heads, width, inner = config.num_heads, config.query_size, config.intermediate_size
+
+        def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self._rooms = {
+            "qkv": room(width + 2 * config.kv_size),
+            "attended": room(width),
+            "attended_meta": room(width // 32, 2, dtype=torch.int32),
+            "gate_up": room(2 * inner),
+            "inner": room(inner),
+            "inner_meta": room(inner // 32, 2, dtype=torch.int32),
+            "lanes": room(heads, LANES, config.head_dim, dtype=torch.float32),
+            "lane_stats": room(heads, LANES, 2, dtype=torch.float32),
+            "meetings": room(2, dtype=torch.int32),
+        }
+        self._table, self._caches = self._weights(), list[tuple[int, int]]()
+
+    @staticmethod
+    def takes(decoder: Any) -> bool:
+        """Whether the kernel knows layers of this decoder's kind, and the GPU the kernel."""
+        config = decoder.config
+        if is_interpreted() or decoder.dtype is not torch.bfloat16 or not decoder.layers:
+            return False
+        if not architecture(decoder.final_norm.device).startswith("sm_9"):
+            return False
+        widths = (config.hidden_size, config.query_size, config.intermediate_size)
+        fits = config.head_dim in HEAD_DIMS and config.hidden_size <= WIDEST_NORM
+        fits &= all(width % 64 == 0 for width in widths)
+        fits &= config.num_heads // config.num_kv_heads <= QUERIES
+        fits &= all(layer.q_norm is None for layer in decoder.layers)
+        if not fits:
+            return False
+        linears = [getattr(layer, name) for layer in decoder.layers for name in LINEARS]
+        forms = {_form_key(_spec_of(one)) for one in linears}
+        norms = [
+            norm.dtype
+            for layer in decoder.layers
+            for norm in (layer.input_norm, layer.post_attention_norm)
+        ]
+        biases = {bias.dtype for one in linears for _, bias in one.parts if bias is not None}
+        return len(forms) == 1 and None not in forms and len(set(norms)) == 1 and len(biases) <= 1
+
+    def layout(self, rows: Rows, view: View, block_size: int) -> Layout | None:
+        """How a pass over these rows is laid out; None: other kernels compute it."""
+        if rows.is_prompt or rows.positions.shape[0] != 1 or block_size % PLACED:
+            return None
+        sizes, form = self._sizes(block_size), self._form(view)
+        return layout_of(sizes, form, num_multiprocessors(rows.positions.device.index))
+
+    def __call__(
+        self, x: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View, laid: Layout
+    ) -> None:
+        """Take the residual stream x [1, hidden] through all layers, in place."""
+        decoder, config = self._decoder, self._decoder.config
+        step_type = _step_type(len(decoder.layers))
+        biases = [b for one in decoder.layers for _, b in one.qkv.parts if b is not None]
+        tables = rows.block_tables
+        step = step_type(
+            layers=self._layers(kv),
+            x=x.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in self._rooms.items()},
+            cosines=decoder.cos.data_ptr(),
+            sines=decoder.sin.data_ptr(),
+            positions=rows.positions.data_ptr(),
+            slots=rows.slots.data_ptr(),
+            cu_rows=rows.cu_rows.data_ptr(),
+            contexts=rows.contexts.data_ptr(),
+            tables=tables.data_ptr(),
+            table_stride=tables.stride(0),
+            table_size=tables.shape[1],
+            bias_is_float=int(bool(biases) and biases[0].dtype is torch.float32),
+            eps=config.norm_eps,
+            scale=config.head_dim**-0.5,
+        )
+        form = self._form(view)
+        function = kernel(
+            "persistent.cu",
+            "layers",
+            **form.defines(),
+            HEAD=config.head_dim,
+            NUM_HEADS=config.num_heads,
+            NUM_KV=config.num_kv_heads,
+            BLOCK_SIZE=kv[0].block_size,
+            HIDDEN=config.hidden_size,
+            INNER=config.intermediate_size,
+            NUM_LAYERS=len(decoder.layers),
+            NORM_FLOAT=int(decoder.layers[0].input_norm.dtype is torch.float32),
+            TOP=0 if form.act == 16 else TOP_OF[view.activation],
+            STAGES=laid.stages,
+            UNIT=UNIT,
+            SLOTS=laid.slots,
+            SLOT_TILES=laid.slot_tiles,
+        )
+        grid = (num_multiprocessors(x.device.index),)
+        function.launch(grid, 32 * WARPS, [step], smem=laid.smem, cooperative=True)
+
+    def _sizes(self, block_size: int) -> Sizes:
+        config = self._decoder.config
+        return Sizes(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            len(self._decoder.layers),
+            block_size,
+        )
+
+    def _form(self, view: View) -> Form:
+        """How the view reads the linears, which all have one form."""
+        act_group = 64
+        if view.activation is not Activation.A16:
+            act_group = activation_group(self._decoder.config.hidden_size, view.activation)
+        return form_of(self._specs[0], view, act_group)
+
+    def _layers(self, kv: Sequence[LayerKV]) -> Any:
+        """Where every layer's weights and cache lie."""
+        caches = [(cache.keys.data_ptr(), cache.values.data_ptr()) for cache in kv]
+        if caches != self._caches:
+            for entry, (keys, values) in zip(self._table, caches, strict=True):
+                entry.key_cache, entry.value_cache = keys, values
+            self._caches = caches
+        return self._table
+
+    def _weights(self) -> Any:
+        table = (_Layer * len(self._decoder.layers))()
+        for entry, layer in zip(table, self._decoder.layers, strict=True):
+            for i, name in enumerate(LINEARS):
+                ((weight, bias),) = getattr(layer, name).parts
+                entry.base[i] = weight.base.data_ptr()
+                entry.rest[i] = None if weight.rest is None else weight.rest.data_ptr()
+                entry.bias[i] = None if bias is None else bias.data_ptr()
+            entry.norm[0] = layer.input_norm.data_ptr()
+            entry.norm[1] = layer.post_attention_norm.data_ptr()
+        return table
+
+
+def _spec_of(linear: Any) -> PlaneSpec | None:
+    """The spec of a linear that is one nested matrix of whole tiles of rows."""
+    if len(linear.parts) != 1 or not isinstance(linear.parts[0][0], PackedPlanes):
+        return None
+    spec: PlaneSpec = linear.parts[0][0].spec
+    return None if spec.num_rows % TILE_ROWS else spec
+
+
+def _form_key(spec: PlaneSpec | None) -> tuple[Any, ...] | None:
+    """What two specs of one form have in common."""
+    if spec is None:
+        return None
+    return (spec.bits, spec.draft_bits, spec.group, spec.grid, spec.has_offset, spec.scale_dtype)

@@ -1,0 +1,63 @@
+// Vectors of 8 columns of a row, as bf16 in 16 bytes or in registers, and their quantisation.
+//
+// Defines wanted: QUANT_GROUP 0 (a result stays bf16), 32 or 64: columns that share a scale; TOP
+// (quantize.cuh).
+
+#pragma once
+#include "ptx.cuh"
+#include "quantize.cuh"
+
+DEVICE void unpack(const uint4& packed, float (&x)[8]) {
+  const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+  }
+}
+
+DEVICE uint4 pack(const float (&x)[8]) {
+  u32 words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) words[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+#if QUANT_GROUP
+// A vector as codes: `words` are this lane's 8 bytes of a row's codes, and the scale and the sum those of
+// its group. Lanes hold neighbouring vectors, and all lanes of a warp call it.
+struct QuantizedVector {
+  uint2 words;
+  int2 meta;
+
+  DEVICE QuantizedVector(const float (&x)[8], bool is_upper) {
+    float top = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) top = fmaxf(top, fabsf(x[i]));
+#pragma unroll
+    for (int step = 1; step < QUANT_GROUP / 8; step <<= 1)
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    const Scale scale(top);
+    u32 codes[2] = {0, 0};
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int code = scale.code(x[i]);
+      codes[i / 4] |= (u32)(code & 255) << (i % 4 * 8);
+      sum += code;
+    }
+#pragma unroll
+    for (int step = 1; step < QUANT_GROUP / 8; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
+    // of every 16 columns the two halves of 8 are interleaved: neighbours swap four codes
+    const u32 other = __shfl_xor_sync(~0u, is_upper ? codes[0] : codes[1], 1);
+    const u32 first = is_upper ? other : codes[0], second = is_upper ? codes[1] : other;
+    words = make_uint2(permute(first, second, 0x5140), permute(first, second, 0x7362));
+    meta = make_int2(__float_as_int(scale.value), sum);
+  }
+};
+#endif
+
+// silu(gate) * up, to 2 ulp.
+DEVICE float silu_of(float gate, float up) {
+  return __fmul_rn(__fdividef(gate, 1.f + __expf(-gate)), up);
+}

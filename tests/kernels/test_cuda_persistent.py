@@ -1,0 +1,198 @@
+"""All layers of a row in one kernel: every bit of the same layers kernel by kernel."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers_cpu import VIEWS, assert_same_bits, ragged_rows, random_stored, refused
+from torch import Tensor
+
+from helpers_engine import tiny_decoder
+from helpers_weights import FORMS
+from qspec_llm.engine.captured import captured
+from qspec_llm.kernels import LayerKV, Rows, available_backends
+from qspec_llm.kernels.cuda import compile as nvrtc
+from qspec_llm.kernels.cuda.form import Form
+from qspec_llm.kernels.cuda.persistent import SMEM, UNIT, Persistent, Sizes, layout_of
+from qspec_llm.model.decoder import Decoder
+from qspec_llm.model.layers import Linear
+from qspec_llm.weights.quantize import Target
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif("cuda" not in available_backends(), reason="no GPU that can run it")
+
+# heads, KV heads, head size, hidden, inner: whole tiles of columns and not, ranges without a tile,
+# one round of a norm and two
+SHAPES = [
+    (4, 2, 64, 256, 192),
+    (9, 3, 64, 576, 1536),
+    (8, 1, 128, 1024, 2112),
+    (32, 4, 128, 4160, 1088),
+]
+CONTEXTS = (1, 33, 257, 700)
+LLAMA_8B = Sizes(4096, 14336, 32, 8, 128, 32, 16)
+FORMS_READ = {
+    "draft a8": Form(bits=4, act=8, base_bytes=1056),
+    "draft a4": Form(bits=4, group=32, act=8, act_group=32, base_bytes=1152),
+    "int4": Form(bits=4, is_signed=False, base_bytes=1056),
+    "int8": Form(bits=8, base_bytes=1056, rest_bytes=1024),
+}
+
+
+def decoder_of(form: str, shape: tuple[int, int, int, int, int], family: str = "llama") -> Decoder:
+    """A tiny decoder whose linears have random weights of one form."""
+    heads, kv_heads, head_dim, hidden, inner = shape
+    decoder = tiny_decoder(
+        Target.INT4, backend="cuda", family=family, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, hidden_size=hidden, intermediate_size=inner, context_length=1024,
+    )  # fmt: skip
+
+    def other(linear: Linear) -> Linear:
+        ((weight, bias),) = linear.parts
+        return Linear(((decoder.ops.pack(random_stored(form, *weight.shape, 32)), bias),))
+
+    layers = tuple(
+        replace(
+            layer,
+            qkv=other(layer.qkv),
+            output=other(layer.output),
+            gate_up=other(layer.gate_up),
+            down=other(layer.down),
+        )
+        for layer in decoder.layers
+    )
+    return replace(decoder, layers=layers)
+
+
+def row_at(context: int, decoder: Decoder) -> tuple[Rows, tuple[LayerKV, ...]]:
+    """The last of `context` positions, and a cache of random keys and values."""
+    rows, num_blocks = ragged_rows([1], [context])
+    config = decoder.config
+    generator = torch.Generator("cuda").manual_seed(context)
+
+    def cache() -> Tensor:
+        shape = (num_blocks * 16, config.num_kv_heads, config.head_dim)
+        return torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16)
+
+    kv = tuple(LayerKV(cache(), cache(), 16) for _ in decoder.layers)
+    return rows.to(torch.device("cuda")), kv
+
+
+def forward(decoder: Decoder, rows: Rows, kv: tuple[LayerKV, ...], view: str) -> Tensor:
+    tokens = torch.tensor([7], device="cuda")
+    with torch.inference_mode():
+        return decoder.forward(tokens, rows, kv, VIEWS[view], None)
+
+
+def kernel_by_kernel(decoder: Decoder) -> Decoder:
+    """The same decoder, without the one kernel."""
+    other: Any = replace(decoder)
+    other._whole_step._persistent = None
+    return other
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_it_equals_the_kernels_one_by_one(form: str, shape: tuple[int, int, int, int, int]) -> None:
+    decoder: Any = decoder_of(form, shape)
+    many = kernel_by_kernel(decoder)
+    for view in VIEWS:
+        for context in CONTEXTS:
+            rows, kv = row_at(context, decoder)
+            persistent = decoder._whole_step._persistent
+            if persistent.layout(rows, VIEWS[view], 16) is None:
+                assert form == "signed16"  # too many bytes a tile for a ring
+                assert view == "verify"
+                continue
+            ours = forward(decoder, rows, kv, view)
+            written = [(one.keys.clone(), one.values.clone()) for one in kv]
+            rows, kv = row_at(context, decoder)
+            theirs = forward(many, rows, kv, view)
+            assert torch.isfinite(theirs).all()
+            assert_same_bits(ours, theirs)
+            for (keys, values), one in zip(written, kv, strict=True):
+                assert_same_bits(keys, one.keys)
+                assert_same_bits(values, one.values)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("view", VIEWS)
+def test_biases(view: str) -> None:
+    decoder = decoder_of("affine4_offset", SHAPES[0], "qwen2")
+    rows, kv = row_at(100, decoder)
+    ours = forward(decoder, rows, kv, view)
+    assert_same_bits(ours, forward(kernel_by_kernel(decoder), rows, kv, view))
+
+
+@gpu
+@needs_gpu
+def test_replays_of_a_graph_agree() -> None:
+    decoder = decoder_of("signed16", SHAPES[1])
+    rows, kv = row_at(300, decoder)
+    out = torch.empty(1, decoder.config.vocab_size, device="cuda")
+    replay = captured(lambda: out.copy_(forward(decoder, rows, kv, "a8")))
+    expected = forward(kernel_by_kernel(decoder), rows, kv, "a8")
+    for _ in range(20):
+        out.fill_(torch.nan)
+        replay()
+        assert_same_bits(out, expected)
+
+
+@gpu
+@needs_gpu
+def test_a_kernel_that_differs_is_refused_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(_: Persistent, x: Tensor, *__: object) -> None:
+        x += 1
+
+    monkeypatch.setattr(Persistent, "__call__", wrong)
+    decoder = decoder_of("affine4", SHAPES[0])
+    rows, kv = row_at(40, decoder)
+    with refused("self-check failed", "in one kernel"):
+        forward(decoder, rows, kv, "verify")
+
+
+@gpu
+@needs_gpu
+def test_models_that_it_does_not_know_run_without_it() -> None:
+    for changes in ({"family": "qwen3", "head_dim": 64}, {"head_dim": 16}):
+        decoder: Any = tiny_decoder(Target.INT4, backend="cuda", **changes)
+        assert decoder._whole_step._persistent is None
+
+
+@pytest.mark.parametrize("name", FORMS_READ)
+def test_shared_memory_has_room(name: str) -> None:
+    laid = layout_of(LLAMA_8B, FORMS_READ[name], 132)
+    assert laid is not None
+    assert laid.smem <= SMEM
+    assert laid.slots >= 3
+
+
+def test_exact_bf16_tiles_have_no_room() -> None:
+    assert layout_of(LLAMA_8B, Form(bits=16, base_bytes=1056, rest_bytes=3072), 132) is None
+
+
+def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", exc_type=Exception)
+    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+    sizes = {"HEAD": 128, "NUM_HEADS": 32, "NUM_KV": 8, "BLOCK_SIZE": 16, "HIDDEN": 4096,
+             "INNER": 14336, "NUM_LAYERS": 32, "NORM_FLOAT": 0, "UNIT": UNIT}  # fmt: skip
+    for name, form in FORMS_READ.items():
+        laid = layout_of(LLAMA_8B, form, 132)
+        assert laid is not None
+        top = 0 if form.act == 16 else 7 if name == "draft a4" else 127
+        ring = {"STAGES": laid.stages, "SLOTS": laid.slots, "SLOT_TILES": laid.slot_tiles}
+        macros = {**form.defines(), **sizes, **ring, "TOP": top}
+        try:
+            assert nvrtc.compile_source("persistent.cu", "sm_90a", list(macros_of(macros)))
+        except ValueError as error:
+            if "needs the library NVRTC" in str(error):
+                pytest.skip(str(error))
+            raise
+
+
+def macros_of(values: dict[str, int]) -> list[tuple[str, str]]:
+    return [(key, str(value)) for key, value in values.items()]
