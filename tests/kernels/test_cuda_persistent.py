@@ -80,7 +80,7 @@ def row_at(context: int, decoder: Decoder) -> tuple[Rows, tuple[LayerKV, ...]]:
 
 
 def forward(decoder: Decoder, rows: Rows, kv: tuple[LayerKV, ...], view: str) -> Tensor:
-    tokens = torch.tensor([7], device="cuda")
+    tokens = torch.full((1,), 7, device="cuda")  # made there, so that it can be captured
     with torch.inference_mode():
         return decoder.forward(tokens, rows, kv, VIEWS[view], None)
 
