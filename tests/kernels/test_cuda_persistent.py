@@ -155,6 +155,32 @@ def test_a_kernel_that_differs_is_refused_before_it_serves(monkeypatch: pytest.M
         forward(decoder, rows, kv, "verify")
 
 
+@pytest.mark.skipif("cuda" not in available_backends(), reason="needs a GPU or its interpreter")
+def test_the_self_check_compares_what_both_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the kernels one by one stand for the one kernel, so that an interpreter can run this
+    decoder: Any = tiny_decoder(Target.INT4, backend="cuda", head_dim=64)
+    decoder = replace(decoder, dtype=torch.float32)
+    step = decoder._whole_step
+    error = 0
+
+    class Both:
+        """Stands for `Persistent`."""
+
+        def layout(self, *_: object) -> str:
+            return "a layout"
+
+        def __call__(self, x: Tensor, rows: Rows, kv: Any, view: Any, _: object) -> None:
+            total, delta = step._one_by_one(x.clone(), rows, kv, view)
+            x.copy_((total.float() + delta.float()).to(x.dtype) + error)
+
+    monkeypatch.setattr(step, "_persistent", Both())
+    step._check(VIEWS["verify"], "a layout", 16)
+    assert step._checked == {(VIEWS["verify"], "a layout")}
+    error = 1
+    with refused("self-check failed", "in one kernel"):
+        step._check(VIEWS["verify"], "a layout", 16)
+
+
 @gpu
 @needs_gpu
 def test_models_that_it_does_not_know_run_without_it() -> None:
