@@ -31,9 +31,14 @@ pytestmark = [
 VOCABULARY = 97
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return tiny_decoder(Target.BF16, backend="cuda")
+# The second has layers that take one kernel (kernels/cuda/persistent.py) where a row is alone.
+DECODERS = [(Target.BF16, {}), (Target.INT4, {"head_dim": 64, "intermediate_size": 192})]
+
+
+@pytest.fixture(scope="module", params=DECODERS, ids=["bf16", "int4"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    target, sizes = request.param
+    return tiny_decoder(target, backend="cuda", **sizes)
 
 
 def engine_of(

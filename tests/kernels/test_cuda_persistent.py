@@ -14,7 +14,15 @@ from qspec_llm.engine.captured import captured
 from qspec_llm.kernels import LayerKV, Rows, available_backends
 from qspec_llm.kernels.cuda import compile as nvrtc
 from qspec_llm.kernels.cuda.form import Form
-from qspec_llm.kernels.cuda.persistent import SMEM, UNIT, Persistent, Sizes, layout_of
+from qspec_llm.kernels.cuda.persistent import (
+    LEAST_SLOTS,
+    SMEM,
+    STATIC,
+    UNIT,
+    Persistent,
+    Sizes,
+    layout_of,
+)
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.model.layers import Linear
 from qspec_llm.weights.quantize import Target
@@ -40,17 +48,19 @@ FORMS_READ = {
 }
 
 
-def decoder_of(form: str, shape: tuple[int, int, int, int, int], family: str = "llama") -> Decoder:
-    """A tiny decoder whose linears have random weights of one form."""
+def decoder_of(
+    form: str, shape: tuple[int, int, int, int, int], family: str = "llama", group: int = 32
+) -> Decoder:
+    """A tiny decoder whose linears have random weights of one form, which the kernel takes."""
     heads, kv_heads, head_dim, hidden, inner = shape
     decoder = tiny_decoder(
         Target.INT4, backend="cuda", family=family, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=head_dim, hidden_size=hidden, intermediate_size=inner, context_length=1024,
+        head_dim=head_dim, hidden_size=hidden, intermediate_size=inner, context_length=8192,
     )  # fmt: skip
 
     def other(linear: Linear) -> Linear:
         ((weight, bias),) = linear.parts
-        return Linear(((decoder.ops.pack(random_stored(form, *weight.shape, 32)), bias),))
+        return Linear(((decoder.ops.pack(random_stored(form, *weight.shape, group)), bias),))
 
     layers = tuple(
         replace(
@@ -62,7 +72,9 @@ def decoder_of(form: str, shape: tuple[int, int, int, int, int], family: str = "
         )
         for layer in decoder.layers
     )
-    return replace(decoder, layers=layers)
+    made: Any = replace(decoder, layers=layers)
+    assert made._whole_step._persistent is not None
+    return made
 
 
 def row_at(context: int, decoder: Decoder) -> tuple[Rows, tuple[LayerKV, ...]]:
@@ -118,14 +130,72 @@ def test_it_equals_the_kernels_one_by_one(form: str, shape: tuple[int, int, int,
                 assert_same_bits(values, one.values)
 
 
+def assert_same_as_many(decoder: Decoder, context: int, view: str) -> None:
+    rows, kv = row_at(context, decoder)
+    ours = forward(decoder, rows, kv, view)
+    assert_same_bits(ours, forward(kernel_by_kernel(decoder), rows, kv, view))
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("view", VIEWS)
 def test_biases(view: str) -> None:
-    decoder = decoder_of("affine4_offset", SHAPES[0], "qwen2")
+    assert_same_as_many(decoder_of("affine4_offset", SHAPES[0], "qwen2"), 100, view)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("view", VIEWS)
+def test_float32_norms_and_biases(view: str) -> None:
+    decoder = decoder_of("affine4", SHAPES[0], "qwen2")
+    layers = []
+    for layer in decoder.layers:
+        ((weight, bias),) = layer.qkv.parts
+        assert bias is not None
+        norms = layer.input_norm.float(), layer.post_attention_norm.float()
+        qkv = Linear(((weight, bias.float()),))
+        layers.append(replace(layer, qkv=qkv, input_norm=norms[0], post_attention_norm=norms[1]))
+    assert_same_as_many(replace(decoder, layers=tuple(layers)), 100, view)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("form", ["affine4_offset", "signed8", "signed16"])
+def test_longer_groups(form: str, group: int) -> None:
+    decoder = decoder_of(form, (8, 2, 64, 512, 1024), group=group)
+    assert_same_as_many(decoder, 200, "a8")
+    assert_same_as_many(decoder, 200, "verify")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", [(20, 20, 64, 1280, 256), (40, 40, 128, 1280, 256)])
+def test_more_lanes_of_attention_than_blocks_and_than_teams(
+    shape: tuple[int, int, int, int, int],
+) -> None:
+    assert_same_as_many(decoder_of("affine4", shape), 300, "a8")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("context", [1500, 5000])
+def test_more_keys_than_a_lane_keeps(context: int) -> None:
+    assert_same_as_many(decoder_of("affine4", SHAPES[1]), context, "a8")
+
+
+@gpu
+@needs_gpu
+def test_a_row_of_no_sequence_leaves_the_cache_alone() -> None:
+    decoder = decoder_of("affine4", SHAPES[0])
     rows, kv = row_at(100, decoder)
-    ours = forward(decoder, rows, kv, view)
-    assert_same_bits(ours, forward(kernel_by_kernel(decoder), rows, kv, view))
+    idle = replace(rows, contexts=torch.zeros_like(rows.contexts), slots=rows.slots * 0 - 1)
+    before = [(one.keys.clone(), one.values.clone()) for one in kv]
+    forward(decoder, idle, kv, "a8")
+    for (keys, values), one in zip(before, kv, strict=True):
+        assert_same_bits(one.keys, keys)
+        assert_same_bits(one.values, values)
+    assert_same_as_many(decoder, 100, "a8")
 
 
 @gpu
@@ -161,7 +231,7 @@ def test_the_self_check_compares_what_both_compute(monkeypatch: pytest.MonkeyPat
     decoder: Any = tiny_decoder(Target.INT4, backend="cuda", head_dim=64)
     decoder = replace(decoder, dtype=torch.float32)
     step = decoder._whole_step
-    error = 0
+    wrong = {"row": 0, "value": 0}
 
     class Both:
         """Stands for `Persistent`."""
@@ -171,14 +241,17 @@ def test_the_self_check_compares_what_both_compute(monkeypatch: pytest.MonkeyPat
 
         def __call__(self, x: Tensor, rows: Rows, kv: Any, view: Any, _: object) -> None:
             total, delta = step._one_by_one(x.clone(), rows, kv, view)
-            x.copy_((total.float() + delta.float()).to(x.dtype) + error)
+            x.copy_((total.float() + delta.float()).to(x.dtype) + wrong["row"])
+            kv[0].values[rows.slots] += wrong["value"]
 
     monkeypatch.setattr(step, "_persistent", Both())
     step._check(VIEWS["verify"], "a layout", 16)
     assert step._checked == {(VIEWS["verify"], "a layout")}
-    error = 1
-    with refused("self-check failed", "in one kernel"):
-        step._check(VIEWS["verify"], "a layout", 16)
+    for part in wrong:
+        wrong.update(row=0, value=0)
+        wrong[part] = 1
+        with refused("self-check failed", "in one kernel"):
+            step._check(VIEWS["verify"], "a layout", 16)
 
 
 @gpu
@@ -191,10 +264,14 @@ def test_models_that_it_does_not_know_run_without_it() -> None:
 
 @pytest.mark.parametrize("name", FORMS_READ)
 def test_shared_memory_has_room(name: str) -> None:
-    laid = layout_of(LLAMA_8B, FORMS_READ[name], 132)
-    assert laid is not None
-    assert laid.smem <= SMEM
-    assert laid.slots >= 3
+    assert layout_of(LLAMA_8B, FORMS_READ[name], 132) is not None
+    for inner in range(1024, 40960, 64):
+        for head_dim, kv_heads in ((64, 8), (128, 8), (128, 40)):
+            sizes = replace(LLAMA_8B, inner=inner, head_dim=head_dim, kv_heads=kv_heads)
+            laid = layout_of(sizes, FORMS_READ[name], 132)
+            if laid is not None:
+                assert laid.smem + STATIC <= SMEM
+                assert laid.slots >= LEAST_SLOTS
 
 
 def test_exact_bf16_tiles_have_no_room() -> None:
@@ -209,6 +286,7 @@ def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, form in FORMS_READ.items():
         laid = layout_of(LLAMA_8B, form, 132)
         assert laid is not None
+        sizes["NORM_FLOAT"] = int(name == "int4")
         top = 0 if form.act == 16 else 7 if name == "draft a4" else 127
         ring = {"STAGES": laid.stages, "SLOTS": laid.slots, "SLOT_TILES": laid.slot_tiles}
         macros = {**form.defines(), **sizes, **ring, "TOP": top}

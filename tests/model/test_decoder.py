@@ -314,6 +314,26 @@ def test_leftovers_of_older_checkpoints_are_ignored(tmp_path: Path) -> None:
     load(tmp_path)
 
 
+def test_norms_and_biases_of_other_types_are_read_as_float32(tmp_path: Path) -> None:
+    def vectors_as(dtype: torch.dtype) -> Decoder:
+        def change(tensors: dict[str, Tensor]) -> None:
+            vectors = {name: one.to(dtype) for name, one in tensors.items() if one.ndim == 1}
+            tensors.update(vectors)
+
+        change_tensors(tmp_path, change)
+        return load(tmp_path)
+
+    make_model(tmp_path, "qwen2")
+    half, full = vectors_as(torch.float16), vectors_as(torch.float32)
+    for decoder in (half, full):
+        assert decoder.final_norm.dtype is torch.float32
+        for layer in decoder.layers:
+            norms = [layer.input_norm, layer.post_attention_norm]
+            biases = [bias for _, bias in layer.qkv.parts]
+            assert all(one is not None and one.dtype is torch.float32 for one in norms + biases)
+    assert_same_bits(logits(half, [1, 2, 3]), logits(full, [1, 2, 3]))
+
+
 def test_a_head_beside_a_tied_embedding_is_ignored(tmp_path: Path) -> None:
     make_model(tmp_path, "llama tied")
     before = logits(load(tmp_path), [1, 2, 3])

@@ -194,9 +194,11 @@ class _Reader:
         self.num_draft_bytes += stored.draft_nbytes
 
     def vector(self, name: str) -> Tensor:
+        """A norm's weight or a bias: bf16 as it is, other types as float32, which kernels read."""
         stored = self.take(name)
         assert isinstance(stored, Dense)
-        return stored.weight.to(self._ops.device)
+        is_read = stored.weight.dtype is torch.bfloat16
+        return stored.weight.to(self._ops.device, None if is_read else torch.float32)
 
     def linear(self, *modules: str) -> Linear:
         """Matrices on one input, in one part where their specs allow."""

@@ -30,8 +30,10 @@ LINEARS = ("qkv", "output", "gate_up", "down")
 WIDEST_NORM = 8192  # columns that one norm of rows.cu reads in a round
 LEAST_SLOTS, MOST_TILES = 3, 6  # of a warp's ring: fewer are slower, more no faster
 UNIT = 64  # keys, or values, that a lane of attention takes at a time
+VECTOR_TYPES = {torch.bfloat16, torch.float32}  # of norms' weights and biases
 QUERIES = 16  # that a lane of attention takes at a time
-SMEM = 227 << 10
+SMEM, STATIC = 227 << 10, 1 << 9  # bytes a block, and those that the kernel declares itself
+MOST_LAYERS = 250  # whose addresses fit into a kernel's parameters
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Layout:
     Attributes:
         stages: units of keys or values that a lane of attention keeps.
         slots, slot_tiles: of a warp's ring of weights.
-        smem: bytes.
+        smem: bytes that a launch asks for.
     """
 
     stages: int
@@ -93,14 +95,14 @@ def layout_of(sizes: Sizes, form: Form, multiprocessors: int) -> Layout | None:
     """
     teams = min(TEAMS, math.ceil(sizes.kv_heads * LANES / multiprocessors))
     tile = form.base_bytes + form.rest_bytes
-    fixed = 2 * TEAMS * TILE_ROWS * 8 * 4 + 2 * WARPS * 4 + 256  # sums of panels and norms, places
+    sums = 2 * TEAMS * TILE_ROWS * 8 * 4
     for stages in (4, 3):
         room = max(_row_bytes(sizes, form), teams * _lane_bytes(sizes.head_dim, stages))
         for slot_tiles in (2, 1):
             slot = WARPS * (slot_tiles * tile + 8)
-            slots = min((SMEM - fixed - room) // slot, MOST_TILES // slot_tiles)
+            slots = min((SMEM - STATIC - sums - room) // slot, MOST_TILES // slot_tiles)
             if slots >= LEAST_SLOTS:
-                return Layout(stages, slots, slot_tiles, slots * slot + fixed + room)
+                return Layout(stages, slots, slot_tiles, slots * slot + sums + room)
     return None
 
 
@@ -163,6 +165,9 @@ class Persistent:
             "lane_stats": room(heads, LANES, 2, dtype=torch.float32),
             "meetings": room(2, dtype=torch.int32),
         }
+        first = [getattr(decoder.layers[0], name) for name in LINEARS]
+        biases = [bias for one in first for _, bias in one.parts if bias is not None]
+        self._bias_is_float = any(bias.dtype is torch.float32 for bias in biases)
         self._table, self._caches = self._weights(), list[tuple[int, int]]()
 
     @staticmethod
@@ -175,6 +180,7 @@ class Persistent:
             return False
         widths = (config.hidden_size, config.query_size, config.intermediate_size)
         fits = config.head_dim in HEAD_DIMS and config.hidden_size <= WIDEST_NORM
+        fits &= len(decoder.layers) <= MOST_LAYERS
         fits &= all(width % 64 == 0 for width in widths)
         fits &= config.num_heads // config.num_kv_heads <= QUERIES
         fits &= all(layer.q_norm is None for layer in decoder.layers)
@@ -182,13 +188,14 @@ class Persistent:
             return False
         linears = [getattr(layer, name) for layer in decoder.layers for name in LINEARS]
         forms = {_form_key(_spec_of(one)) for one in linears}
-        norms = [
+        norms = {
             norm.dtype
             for layer in decoder.layers
             for norm in (layer.input_norm, layer.post_attention_norm)
-        ]
+        }
         biases = {bias.dtype for one in linears for _, bias in one.parts if bias is not None}
-        return len(forms) == 1 and None not in forms and len(set(norms)) == 1 and len(biases) <= 1
+        is_one = len(forms) == 1 and len(norms) == 1 and len(biases) <= 1
+        return is_one and None not in forms and norms | biases <= VECTOR_TYPES
 
     def layout(self, rows: Rows, view: View, block_size: int) -> Layout | None:
         """How a pass over these rows is laid out; None: other kernels compute it."""
@@ -203,7 +210,6 @@ class Persistent:
         """Take the residual stream x [1, hidden] through all layers, in place."""
         decoder, config = self._decoder, self._decoder.config
         step_type = _step_type(len(decoder.layers))
-        biases = [b for one in decoder.layers for _, b in one.qkv.parts if b is not None]
         tables = rows.block_tables
         step = step_type(
             layers=self._layers(kv),
@@ -218,7 +224,7 @@ class Persistent:
             tables=tables.data_ptr(),
             table_stride=tables.stride(0),
             table_size=tables.shape[1],
-            bias_is_float=int(bool(biases) and biases[0].dtype is torch.float32),
+            bias_is_float=int(self._bias_is_float),
             eps=config.norm_eps,
             scale=config.head_dim**-0.5,
         )

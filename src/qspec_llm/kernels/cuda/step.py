@@ -1,6 +1,7 @@
 """A forward pass with fused kernels: the same bits as the operations one by one.
 
-Few generated rows go through all layers in one kernel (persistent.py), where it knows the model.
+A single generated row goes through all layers in one kernel (persistent.py), where that knows the
+model.
 Others take seven launches a layer. Fused are the residual add with the norm after it and the
 quantisation after that; RoPE, the write of K and V, attention, the merge of its splits and the
 quantisation after it; SwiGLU with the quantisation after it. Nothing here waits for the GPU, so a
@@ -113,15 +114,26 @@ class _WholeStep:
         bounds, tables = torch.tensor([0, 1]), torch.arange(num_blocks)[None]
         rows = Rows(last, last, bounds, last + 1, tables, is_prompt=False).to(device)
         size = (num_blocks * block_size, config.num_kv_heads, config.head_dim)
-        kv = [LayerKV(some(*size), some(*size), block_size) for _ in self._decoder.layers]
-        theirs = some(1, config.hidden_size)
-        ours = theirs.clone()
+        cache = LayerKV(some(*size), some(*size), block_size)  # of all layers, each writes its row
+        kv = [cache] * len(self._decoder.layers)
+
+        def found(x: Tensor) -> list[Tensor]:
+            """The row after all layers, and what the last of them left in the cache."""
+            written = cache.keys[context - 1].clone(), cache.values[context - 1].clone()
+            cache.keys[context - 1] = cache.values[context - 1] = torch.nan
+            return [x, *written]
+
+        start = some(1, config.hidden_size)
+        found(start)  # forgets the row
+        ours = start.clone()
         self._persistent(ours, rows, kv, view, laid)
-        theirs, delta = self._one_by_one(theirs, rows, kv, view)
+        one = found(ours)
+        x, delta = self._one_by_one(start, rows, kv, view)
         assert delta is not None
-        theirs = (theirs.float() + delta.float()).to(ours.dtype)
-        is_equal = torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
-        if not is_equal or not torch.isfinite(theirs).all():
+        many = found((x.float() + delta.float()).to(x.dtype))
+        pairs = [(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(one, many, strict=True)]
+        is_finite = all(bool(torch.isfinite(part).all()) for part in many)
+        if not is_finite or not all(torch.equal(a, b) for a, b in pairs):
             raise QSpecError(
                 f"the cuda backend's self-check failed on {config.family} layers: a row that goes "
                 "through all of them in one kernel differs from one that goes kernel by kernel; "
