@@ -1,10 +1,11 @@
 """What the tests of checkpoints that are changed as they are read have in common."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from helpers_engine import RandomCheckpoint
 from qspec_llm.kernels import Rows, reference
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.config import ModelConfig
@@ -13,6 +14,23 @@ from qspec_llm.model.load import load_decoder
 from qspec_llm.weights.planes import Dense
 from qspec_llm.weights.quantize import Recipe, Target
 from qspec_llm.weights.view import VERIFY
+
+
+class UnevenCheckpoint(RandomCheckpoint):
+    """A random model in which every n-th row of some tensors is larger, by the ends of their names.
+
+    `factors` says which: {end of a name: (n, times)}.
+    """
+
+    factors: ClassVar[dict[str, tuple[int, int]]]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, seed=1)
+        self.metadata: dict[str, Any] = {}
+        for name, tensor in self._tensors.items():
+            for end, (step, times) in self.factors.items():
+                if name.endswith(end):
+                    tensor[::step] *= times
 
 
 class AsFloats:

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from helpers_changed import AsFloats, decoder_of, logits
-from helpers_engine import TINY, RandomCheckpoint
+from helpers_changed import AsFloats, UnevenCheckpoint, decoder_of, logits
+from helpers_engine import TINY
 from helpers_model_dir import write_model
 from helpers_weights import assert_close, assert_same_bits, refused
 from qspec_llm.cli import main
@@ -29,17 +29,10 @@ TIED = replace(TINY, tied_head=True)
 LARGE = slice(None, None, 9)  # channels of the residual stream that every norm makes larger
 
 
-class Uneven(RandomCheckpoint):
-    """A model in which every ninth channel of the linears' inputs is 30 times larger."""
+class Uneven(UnevenCheckpoint):
+    """Every ninth channel of its linears' inputs is 30 times larger."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, seed=1)
-        self.metadata: dict[str, Any] = {}
-        for name, tensor in self._tensors.items():
-            if name.endswith("layernorm.weight"):
-                tensor[LARGE] *= 30
-            if name.endswith("up_proj.weight"):
-                tensor[LARGE] *= 10
+    factors: ClassVar = {"layernorm.weight": (9, 30), "up_proj.weight": (9, 10)}
 
 
 def reorder(checkpoint: Any, config: ModelConfig, outliers: int = 32) -> Any:

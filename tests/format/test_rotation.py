@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from helpers_changed import AsFloats, decoder_of, logits
-from helpers_engine import TINY, RandomCheckpoint
+from helpers_changed import AsFloats, UnevenCheckpoint, decoder_of, logits
+from helpers_engine import TINY
 from helpers_model_dir import write_model
 from helpers_weights import assert_close, gaussian, refused
 from qspec_llm.cli import main
@@ -31,19 +31,14 @@ QWEN2 = replace(TINY, family="qwen2", hidden_size=96, num_heads=6, num_kv_heads=
 TOKENS = [list(range(40)), [5, 4, 3] * 7]
 
 
-class Uneven(RandomCheckpoint):
-    """A model whose norms make some channels 30 times larger than others."""
+class Uneven(UnevenCheckpoint):
+    """Its norms make some channels 30 times larger than others."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, seed=1)
-        self.metadata: dict[str, Any] = {}
-        for name, tensor in self._tensors.items():
-            if name.endswith("layernorm.weight"):
-                tensor[::9] *= 30
-            if name.endswith("up_proj.weight"):
-                tensor[::7] *= 10
-            if name.endswith("v_proj.weight"):
-                tensor[::5] *= 10
+    factors: ClassVar = {
+        "layernorm.weight": (9, 30),
+        "up_proj.weight": (7, 10),
+        "v_proj.weight": (5, 10),
+    }
 
 
 def rotated_config(config: ModelConfig, checkpoint: Any) -> ModelConfig:

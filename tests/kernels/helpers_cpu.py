@@ -1,6 +1,6 @@
 """Makers and comparisons for the tests of compiled backends."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,6 +16,9 @@ from qspec_llm.model.decoder import Decoder
 from qspec_llm.weights.pack import pack_nibbles, unpack_nibbles
 from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
+
+# What the fixture `compiled` is: source, architecture, macros to a cubin.
+Compile = Callable[[str, str, Mapping[str, int]], bytes]
 
 VIEWS: dict[str, View] = {
     "verify": VERIFY,

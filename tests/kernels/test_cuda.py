@@ -7,11 +7,20 @@ by `weights.planes`.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_cpu import DENSE_TYPES, VIEWS, assert_same_bits, random_stored, refused, some_rows
+from helpers_cpu import (
+    DENSE_TYPES,
+    VIEWS,
+    Compile,
+    assert_same_bits,
+    random_stored,
+    refused,
+    some_rows,
+)
 from torch import Tensor
 
 from helpers_weights import FORMS, assert_same_stored
@@ -101,16 +110,8 @@ def test_a_tile_byte_by_byte() -> None:
 
 
 @pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
-def test_every_kernel_compiles(arch: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", exc_type=Exception)
-    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
-    try:
-        nvrtc.compile_source("activations.cu", arch, [("TOP", "127"), ("ACT_GROUP", "64"),
-                                                      ("X_FLOAT", "0")])  # fmt: skip
-    except ValueError as error:
-        if "needs the library NVRTC" in str(error):
-            pytest.skip(str(error))
-        raise
+def test_every_kernel_compiles(arch: str, compiled: Compile, tmp_path: Path) -> None:
+    assert compiled("activations.cu", arch, {"TOP": 127, "ACT_GROUP": 64, "X_FLOAT": 0})
     draft = draft_view(Activation.A8)
     for name, view, token_tiles in [
         ("signed16", VERIFY, 1),
@@ -124,13 +125,13 @@ def test_every_kernel_compiles(arch: str, tmp_path: Any, monkeypatch: pytest.Mon
         spec = stored.spec if isinstance(stored, Planes) else None
         shape = form_of(spec, view, 64)
         more = {"NT": token_tiles, "RT": 1, "DEPTH": 2, "LEAD": 1, "BLOCKS": 1}
-        defines = [(k, str(v)) for k, v in {**shape.defines(), **more}.items()]
-        assert nvrtc.compile_source("direct.cu", arch, defines)
+        macros = {**shape.defines(), **more}
+        assert compiled("direct.cu", arch, macros)
         if view == VERIFY:
-            assert nvrtc.compile_source("weights.cu", arch, defines)
+            assert compiled("weights.cu", arch, macros)
     assert len(list(tmp_path.iterdir())) == 10
     with refused("direct.cu", "error"):
-        nvrtc.compile_source("direct.cu", arch, [("ACT", "8")])
+        compiled("direct.cu", arch, {"ACT": 8})
 
 
 def test_an_architecture_that_nvrtc_does_not_know_is_refused() -> None:

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cpu import VIEWS, assert_same_bits, ragged_rows, random_stored, refused
+from helpers_cpu import VIEWS, Compile, assert_same_bits, ragged_rows, random_stored, refused
 from torch import Tensor
 
 from helpers_engine import tiny_decoder
 from helpers_weights import FORMS
 from qspec_llm.engine.captured import captured
 from qspec_llm.kernels import LayerKV, Rows, available_backends
-from qspec_llm.kernels.cuda import compile as nvrtc
 from qspec_llm.kernels.cuda.form import Form
 from qspec_llm.kernels.cuda.persistent import (
     LEAST_SLOTS,
@@ -39,7 +38,7 @@ SHAPES = [
     (32, 4, 128, 4160, 1088),
 ]
 CONTEXTS = (1, 33, 257, 700)
-LLAMA_8B = Sizes(4096, 14336, 32, 8, 128, 32, 16)
+LLAMA_8B = Sizes(4096, 14336, 32, 8, 128)
 FORMS_READ = {
     "draft a8": Form(bits=4, act=8, base_bytes=1056),
     "draft a4": Form(bits=4, group=32, act=8, act_group=32, base_bytes=1152),
@@ -278,9 +277,7 @@ def test_exact_bf16_tiles_have_no_room() -> None:
     assert layout_of(LLAMA_8B, Form(bits=16, base_bytes=1056, rest_bytes=3072), 132) is None
 
 
-def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", exc_type=Exception)
-    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+def test_it_compiles(compiled: Compile) -> None:
     sizes = {"HEAD": 128, "NUM_HEADS": 32, "NUM_KV": 8, "BLOCK_SIZE": 16, "HIDDEN": 4096,
              "INNER": 14336, "NUM_LAYERS": 32, "NORM_FLOAT": 0, "UNIT": UNIT}  # fmt: skip
     for name, form in FORMS_READ.items():
@@ -290,13 +287,4 @@ def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         top = 0 if form.act == 16 else 7 if name == "draft a4" else 127
         ring = {"STAGES": laid.stages, "SLOTS": laid.slots, "SLOT_TILES": laid.slot_tiles}
         macros = {**form.defines(), **sizes, **ring, "TOP": top}
-        try:
-            assert nvrtc.compile_source("persistent.cu", "sm_90a", list(macros_of(macros)))
-        except ValueError as error:
-            if "needs the library NVRTC" in str(error):
-                pytest.skip(str(error))
-            raise
-
-
-def macros_of(values: dict[str, int]) -> list[tuple[str, str]]:
-    return [(key, str(value)) for key, value in values.items()]
+        assert compiled("persistent.cu", "sm_90a", macros)

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cpu import assert_same_bits, random_stored, some_rows
+from helpers_cpu import Compile, assert_same_bits, random_stored, some_rows
 from test_cuda import ROUNDED, TOLERANCE, assert_close, expected, fresh, on_gpu, run
 from torch import Tensor
 
 from helpers_weights import FORMS
-from qspec_llm.kernels.cuda import compile as nvrtc
 from qspec_llm.kernels.cuda import fused, layout
 from qspec_llm.kernels.cuda.form import Form
 from qspec_llm.kernels.cuda.layout import PackedDense, PackedPlanes
@@ -140,17 +139,9 @@ def test_tiles_of_tokens_waste_little(num_tokens: int) -> None:
         assert -(-num_tokens // (8 * tiles)) * 8 * tiles < 1.5 * num_tokens + 64
 
 
-def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", exc_type=Exception)
-    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+def test_it_compiles(compiled: Compile) -> None:
     forms = [Form(bits=4), Form(bits=4, group=32, is_signed=False, has_offset=True, is_half=True),
              Form(bits=8), Form(bits=16), Form(bits=0)]  # fmt: skip
     for form, tiles in zip(forms, [8, 16, 24, 32, 32], strict=True):
-        shape = {**form.defines(), "NT": tiles, "RANGES": 1 + tiles // 24}
-        defines = [(key, str(value)) for key, value in shape.items()]
-        try:
-            assert nvrtc.compile_source("fused.cu", "sm_90a", defines)
-        except ValueError as error:
-            if "needs the library NVRTC" in str(error):
-                pytest.skip(str(error))
-            raise
+        macros = {**form.defines(), "NT": tiles, "RANGES": 1 + tiles // 24}
+        assert compiled("fused.cu", "sm_90a", macros)

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cpu import VIEWS, assert_same_bits, random_stored, some_rows
+from helpers_cpu import VIEWS, Compile, assert_same_bits, random_stored, some_rows
 from test_cuda import assert_close, expected, fresh, on_gpu
 from torch import Tensor
 
 from helpers_weights import FORMS
-from qspec_llm.kernels.cuda import compile as nvrtc
 from qspec_llm.kernels.cuda import direct, layout, wide
 from qspec_llm.kernels.cuda.activations import quantize
 from qspec_llm.kernels.cuda.form import Form, Product, form_of, form_of_weight
@@ -148,17 +147,9 @@ def test_blocks_hold_no_more_tokens_than_there_are(num_tokens: int, tiles: int) 
     assert wide.tiles_of(Form(bits=16), num_tokens) == tiles
 
 
-def test_it_compiles(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", exc_type=Exception)
-    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+def test_it_compiles(compiled: Compile) -> None:
     forms = [Form(bits=4, act=8), Form(bits=4, group=32, is_signed=False, has_offset=True, act=8),
              Form(bits=8), Form(bits=16), Form(bits=0)]  # fmt: skip
     for form, token_tiles in zip(forms, [4, 6, 5, 10, 16], strict=True):
         shape = {**form.defines(), "NT": token_tiles, "WGS": wide.tuning(form, token_tiles).groups}
-        defines = [(key, str(value)) for key, value in {**shape, "RANGES": wide.RANGES}.items()]
-        try:
-            assert nvrtc.compile_source("wide.cu", "sm_90a", defines)
-        except ValueError as error:
-            if "needs the library NVRTC" in str(error):
-                pytest.skip(str(error))
-            raise
+        assert compiled("wide.cu", "sm_90a", {**shape, "RANGES": wide.RANGES})

@@ -100,7 +100,7 @@ DEVICE void meet_team(int barrier) {
 #if TEAM == 1
   __syncwarp();
 #else
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(32 * TEAM) : "memory");
+  meet_at<32 * TEAM>(barrier);
 #endif
 }
 

@@ -206,8 +206,7 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   for (int d = 0; d < LEAD; d++) load(d);
 #if HAS_BULK_COPY
   if (l.lane < p.num_buffers) barrier_init(window.barriers + l.lane * 8, 1);
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  publish_barriers();
   __syncwarp();
 #endif
   wait_for_earlier_kernels();

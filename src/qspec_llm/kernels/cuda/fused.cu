@@ -118,7 +118,7 @@ DEVICE void meet_cluster() {
 }
 
 // The warps that store a block's results.
-DEVICE void meet_storing() { asm volatile("bar.sync 1, %0;" ::"n"(OUT_WARPS * 32) : "memory"); }
+DEVICE void meet_storing() { meet_at<OUT_WARPS * 32>(1); }
 
 // ---- rings ---------------------------------------------------------------------------------------
 

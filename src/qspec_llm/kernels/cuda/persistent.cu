@@ -96,18 +96,15 @@ DEVICE int2 tiles_of(int linear, int range) {
 // What this block has written is visible to blocks that have waited for `count` meetings.
 DEVICE void arrive_at_meeting(u32* arrivals) {
   __syncthreads();
-  if (threadIdx.x == 0)
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(arrivals), "r"(1) : "memory");
+  if (threadIdx.x == 0) count_up(arrivals);
 }
 
 // For one thread of those that wait; a barrier among them has to follow.
 DEVICE void await_meeting(const u32* arrivals, int count) {
   const u32 wanted = count * gridDim.x;
-  u32 found = 0;
 #pragma unroll 1
   for (u32 tries = 0; tries < 1u << 23; tries++) {  // some seconds: a block is lost
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(arrivals) : "memory");
-    if (found >= wanted) return;
+    if (read_count(arrivals) >= wanted) return;
   }
   __trap();
 }
@@ -317,9 +314,7 @@ DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places,
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const int share = warp % SHARES;
   bool has_waited = false;
-  const auto meet_unit = [&]() {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + unit), "n"(THREADS) : "memory");
-  };
+  const auto meet_unit = [&]() { meet_at<THREADS>(1 + unit); };
   const auto wait_for_rows = [&]() {
     if (has_waited) return;
     has_waited = true;
@@ -347,10 +342,6 @@ DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places,
     attend_lanes(sh, p, stream, kv_head, 0, thread, 1 + unit, meet_unit, wait_for_rows, finish);
   }
   wait_for_rows();
-}
-
-DEVICE void prefetch_line(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 }
 
 // The beginning of this team's first lane, and the next norms' weights, on their way to the L2 while q, k, v
@@ -474,7 +465,7 @@ DEVICE void multiply(const Step& s, const LayerTable& layer, int linear, const I
     }
     const u32 to = sums + (team * 2 + round) * RANGES * SUM_BYTES;
     leave_sums(to + ring.range * SUM_BYTES, acc, l);
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * RANGES) : "memory");
+    meet_at<32 * RANGES>(1 + team);
     if (mate < TILE_ROWS) {
       float sum = load_shared(to + mate * 4);
 #pragma unroll
@@ -506,8 +497,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) layers(const __grid
   ring.layer = ring.linear = ring.slot = ring.parity = 0;
   ring.policy = evict_first_policy();
   if (l.lane < SLOTS) barrier_init(ring.barriers + l.lane * 8, 1);
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  publish_barriers();
   __syncwarp();
   ring.find_tiles(s);
   for (int slot = 0; slot < SLOTS; slot++) ring.fetch(s, slot);

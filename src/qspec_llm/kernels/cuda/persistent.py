@@ -43,8 +43,6 @@ class Sizes:
     Attributes:
         hidden, inner: columns.
         heads, kv_heads, head_dim: of attention.
-        layers: how many.
-        block_size: positions of a KV block.
     """
 
     hidden: int
@@ -52,8 +50,6 @@ class Sizes:
     heads: int
     kv_heads: int
     head_dim: int
-    layers: int
-    block_size: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,14 @@ class Persistent:
         """Room for a row; `decoder` is one that `takes`."""
         config = decoder.config
         self._decoder = decoder
-        self._specs = [_spec_of(getattr(decoder.layers[0], name)) for name in LINEARS]
+        self._spec = _spec_of(decoder.layers[0].qkv)  # the others' form is the same
+        self._sizes = Sizes(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         device = decoder.final_norm.device
         heads, width, inner = config.num_heads, config.query_size, config.intermediate_size
 
@@ -201,17 +204,17 @@ class Persistent:
         """How a pass over these rows is laid out; None: other kernels compute it."""
         if rows.is_prompt or rows.positions.shape[0] != 1 or block_size % PLACED:
             return None
-        sizes, form = self._sizes(block_size), self._form(view)
-        return layout_of(sizes, form, num_multiprocessors(rows.positions.device.index))
+        return layout_of(
+            self._sizes, self._form(view), num_multiprocessors(rows.positions.device.index)
+        )
 
     def __call__(
         self, x: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View, laid: Layout
     ) -> None:
         """Take the residual stream x [1, hidden] through all layers, in place."""
         decoder, config = self._decoder, self._decoder.config
-        step_type = _step_type(len(decoder.layers))
         tables = rows.block_tables
-        step = step_type(
+        step = _step_type(len(decoder.layers))(
             layers=self._layers(kv),
             x=x.data_ptr(),
             **{name: tensor.data_ptr() for name, tensor in self._rooms.items()},
@@ -250,24 +253,12 @@ class Persistent:
         grid = (num_multiprocessors(x.device.index),)
         function.launch(grid, 32 * WARPS, [step], smem=laid.smem, cooperative=True)
 
-    def _sizes(self, block_size: int) -> Sizes:
-        config = self._decoder.config
-        return Sizes(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            len(self._decoder.layers),
-            block_size,
-        )
-
     def _form(self, view: View) -> Form:
         """How the view reads the linears, which all have one form."""
         act_group = 64
         if view.activation is not Activation.A16:
             act_group = activation_group(self._decoder.config.hidden_size, view.activation)
-        return form_of(self._specs[0], view, act_group)
+        return form_of(self._spec, view, act_group)
 
     def _layers(self, kv: Sequence[LayerKV]) -> Any:
         """Where every layer's weights and cache lie."""

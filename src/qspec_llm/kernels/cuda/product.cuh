@@ -121,11 +121,8 @@ DEVICE void load_scales(Weights& w, const Stream& s, const Lane& l) {
 DEVICE u32 spread(const Lane& l, u32 plane, int upper, int group) {
 #if SHARED_SCALES
   return load_shared_u16(plane + group * 32 + upper * 16);
-#elif GROUP == 32
-  const u32 pair = __shfl_sync(~0u, plane, group * 8 + upper * 4 + l.g / 2);
-  return l.g & 1 ? pair >> 16 : pair & 0xFFFFu;
 #else
-  return __shfl_sync(~0u, plane, group * 16 + upper * 8 + l.g);
+  return from_lane_of(l.g, upper, group, plane);
 #endif
 }
 #endif

@@ -110,6 +110,28 @@ DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A line of memory on its way to the L2.
+DEVICE void prefetch_line(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
+// A count that others of the GPU wait for: what was written before it is visible to who has read it.
+DEVICE void count_up(u32* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(1) : "memory");
+}
+
+DEVICE u32 read_count(const u32* count) {
+  u32 found;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+  return found;
+}
+
+// Waits for as many threads of the block, by one of its 16 barriers.
+template <int THREADS_THAT_MEET>
+DEVICE void meet_at(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS_THAT_MEET) : "memory");
+}
+
 // ---- tensor cores --------------------------------------------------------------------------------
 
 DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -202,6 +224,12 @@ DEVICE void wait_for_earlier_kernels() {
 
 DEVICE void barrier_init(u32 bar, u32 arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+}
+
+// Barriers that this thread has initialised are known to the copy engine from here on.
+DEVICE void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 DEVICE void barrier_arrive(u32 bar) {

@@ -1,11 +1,10 @@
 """A forward pass with fused kernels: the same bits as the operations one by one.
 
 A single generated row goes through all layers in one kernel (persistent.py), where that knows the
-model.
-Others take seven launches a layer. Fused are the residual add with the norm after it and the
+model. Others take seven launches a layer. Fused are the residual add with the norm after it and the
 quantisation after that; RoPE, the write of K and V, attention, the merge of its splits and the
-quantisation after it; SwiGLU with the quantisation after it. Nothing here waits for the GPU, so a
-pass can be captured in a graph.
+quantisation after it; SwiGLU with the quantisation after it. Nothing here waits for the GPU but the
+self-check of a view's first pass, so a pass can be captured in a graph.
 """
 
 from collections.abc import Sequence

@@ -60,6 +60,19 @@ DEVICE float scale_to_float(u32 bits) {
 #endif
 }
 
+#if BITS != 0
+// Scales, or offsets, that are spread over a warp's lanes as they lie in the tile: that of row `row` of the
+// upper or the lower half, out of the lane that holds it.
+DEVICE u32 from_lane_of(int row, int upper, int group, u32 plane) {
+#if GROUP == 32
+  const u32 pair = __shfl_sync(~0u, plane, group * 8 + upper * 4 + row / 2);
+  return row & 1 ? pair >> 16 : pair & 0xFFFFu;
+#else
+  return __shfl_sync(~0u, plane, group * 16 + upper * 8 + row);
+#endif
+}
+#endif
+
 // Eight codes to eight values u in 0..15, nibble by nibble: on the signed grid u = c - (c >> 3).
 DEVICE u32 to_unsigned(u32 codes) {
 #if SIGNED

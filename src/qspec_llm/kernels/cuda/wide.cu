@@ -110,12 +110,7 @@ struct Raw {
 DEVICE u32 spread(const Lane& l, const u32 (&plane)[2], int group, int upper) { return plane[upper]; }
 #else
 DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
-#if GROUP == 32
-  const u32 pair = __shfl_sync(~0u, plane, group * 8 + upper * 4 + l.g / 2);
-  return l.g & 1 ? pair >> 16 : pair & 0xFFFFu;
-#else
-  return __shfl_sync(~0u, plane, group * 16 + upper * 8 + l.g);
-#endif
+  return from_lane_of(l.g, upper, group, plane);
 }
 #endif
 #endif
@@ -801,8 +796,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(ring.full + i * 8, 1);
       barrier_init(ring.empty + i * 8, WARPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    publish_barriers();
   }
   if (threadIdx.x == 32) seldom.plan(p, blockIdx.x);
   if (threadIdx.x == 64) prefetch_map(&map);
