@@ -124,7 +124,10 @@ def test_every_kernel_compiles(arch: str, compiled: Compile, tmp_path: Path) -> 
         stored = None if name is None else random_stored(name, 32, 128, 64)
         spec = stored.spec if isinstance(stored, Planes) else None
         shape = form_of(spec, view, 64)
-        more = {"NT": token_tiles, "RT": 1, "DEPTH": 2, "LEAD": 1, "BLOCKS": 1}
+        cluster = token_tiles if arch in direct.MULTICASTS else 1
+        more = {
+            "NT": token_tiles, "RT": 1, "DEPTH": 2, "LEAD": 1, "BLOCKS": 1, "CLUSTER": cluster
+        }  # fmt: skip
         macros = {**shape.defines(), **more}
         assert compiled("direct.cu", arch, macros)
         if view == VERIFY:
@@ -166,6 +169,10 @@ def test_the_cut_keeps_every_multiprocessor_busy(
         pieces = math.ceil(math.ceil(tiles[1] / 8) / laid.piece)
         assert laid.buffers <= pieces
         assert laid.keeps_x == (laid.buffers == pieces)
+        assert direct.sharers(laid, tokens, device) == 1
+        shared = direct.sharers(laid, tokens, replace(device, has_multicast=True))
+        assert laid.grid % shared == 0
+        assert (shared == 2) == (tokens >= 3 and laid.keeps_x and laid.grid % 2 == 0)
 
 
 @gpu

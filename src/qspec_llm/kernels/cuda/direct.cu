@@ -7,8 +7,12 @@
 // their ranges. Weights do not depend on earlier kernels, so the first LEAD tiles of them are on their way
 // before those have ended.
 //
+// In clusters of two, x comes out of the L2 once for both blocks: a warp needs the columns of its like in
+// the other block, so each copies every other token, and its scales one of them, into both. That takes
+// room for all of x: a buffer filled again would have to be free in both.
+//
 // The number of tokens picks only NT, 1 or 2. Further compile-time parameters (tile.cuh and product.cuh
-// have the others): RT, DEPTH, LEAD, BLOCKS (a multiprocessor) change no sum.
+// have the others): RT, DEPTH, LEAD, BLOCKS (a multiprocessor), CLUSTER change no sum.
 
 #include "product.cuh"
 
@@ -32,6 +36,17 @@ struct Problem {
 };
 
 // ---- x -------------------------------------------------------------------------------------------
+
+#if HAS_BULK_COPY
+// A copy for all blocks of the cluster, at the same place in each and counted by each.
+DEVICE void load_for_all(u32 to, const void* from, u32 bytes, u32 barrier) {
+#if CLUSTER > 1
+  bulk_load_multicast(to, from, bytes, barrier, (1 << CLUSTER) - 1);
+#else
+  bulk_load(to, from, bytes, barrier);
+#endif
+}
+#endif
 
 // A warp's buffers of x: rows of `piece` tiles, 16 bytes further apart than they are long so that
 // load_matrices meets every bank, then the scales.
@@ -57,11 +72,13 @@ struct Window {
     }
 #if HAS_BULK_COPY
     const u32 barrier = barriers + to * 8;
+    const int rank = blockIdx.x % CLUSTER, token = lane * CLUSTER + rank;
+    // the bytes of all blocks; some may have arrived before
     if (lane == 0) barrier_expect(barrier, tokens * width + tiles * META_TILE);
     __syncwarp();
-    if (lane < tokens) {
-      bulk_load(buffer + lane * row_bytes, from + (size_t)lane * p.num_cols * (ACT / 8), width,
-                barrier);
+    if (token < tokens) {
+      load_for_all(buffer + token * row_bytes, from + (size_t)token * p.num_cols * (ACT / 8), width,
+                   barrier);
     }
 #else
     for (int i = lane; i < tokens * (width / 16); i += 32) {
@@ -73,8 +90,9 @@ struct Window {
     const u32 meta = buffer + tokens * row_bytes;
 #if HAS_BULK_COPY
     if (p.pitch == TOKENS) {
-      if (lane == 0) {
-        bulk_load(meta, p.meta + tile * META_TILE, tiles * META_TILE, barrier);
+      // by the last block, which has one token less if their number is odd
+      if (lane == 0 && rank == CLUSTER - 1) {
+        load_for_all(meta, p.meta + tile * META_TILE, tiles * META_TILE, barrier);
       }
       next = next + tiles == count ? 0 : next + tiles;
       return;
@@ -83,7 +101,7 @@ struct Window {
     for (int i = lane; i < tiles * ACT_GROUPS; i += 32) {
       const u8* row = p.meta + ((size_t)(tile * ACT_GROUPS + i) * p.pitch + first_token) * 8;
 #if HAS_BULK_COPY
-      bulk_load(meta + i * TOKENS * 8, row, TOKENS * 8, barrier);
+      if (i % CLUSTER == rank) load_for_all(meta + i * TOKENS * 8, row, TOKENS * 8, barrier);
 #else
 #pragma unroll
       for (int k = 0; k < TOKENS / 2; k++) copy16(meta + (i * TOKENS + k * 2) * 8, row + k * 16);
@@ -151,6 +169,7 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   const Lane l = my_lane();
   const int range = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same in all lanes
   const u32 sums = smem_address(shared), barriers = sums + 2 * RANGES * SUM_BYTES;
+  const bool keeps_x = CLUSTER > 1 || p.keeps_x;
 
   Window window;
   window.first = p.num_col_tiles * range / RANGES;
@@ -164,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   window.next = window.slot = window.parity = 0;
   const int count = window.count;
   window.to_fetch = (count + p.piece - 1) / p.piece;
-  if (!p.keeps_x) {
+  if (!keeps_x) {
     window.to_fetch *= (p.num_blocks - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
   }
 
@@ -201,15 +220,24 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
     reload(w[d], next, l, 1, true);
     advance();
   };
-  if (count) start_block();
-#pragma unroll
-  for (int d = 0; d < LEAD; d++) load(d);
 #if HAS_BULK_COPY
+  // before the loads, which a fence might wait for, and so that the other block's are known in time
   if (l.lane < p.num_buffers) barrier_init(window.barriers + l.lane * 8, 1);
   publish_barriers();
   __syncwarp();
+#if CLUSTER > 1
+  cluster_arrive();
 #endif
+#endif
+  if (count) start_block();
+#pragma unroll
+  for (int d = 0; d < LEAD; d++) load(d);
   wait_for_earlier_kernels();
+#if CLUSTER > 1
+  // The other block runs, and its barriers are known. They need not meet again: a block has rows to compute
+  // and ends after it has waited for all that is copied into it.
+  cluster_wait();
+#endif
   for (int i = 0; i < p.num_buffers; i++) window.fetch(p, i, l.lane);
 #pragma unroll
   for (int d = LEAD; d < DEPTH; d++) load(d);
@@ -249,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
       if (--left) continue;
       const bool is_last = block + (int)gridDim.x >= p.num_blocks;
       tile = min(tile + p.piece, count);
-      if (!p.keeps_x) {
+      if (!keeps_x) {
         __syncwarp();
         window.fetch(p, window.slot, l.lane);
       }
@@ -258,9 +286,9 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
         finish();
         if (is_last) break;
         tile = 0;
-        if (p.keeps_x) window.slot = 0;
+        if (keeps_x) window.slot = 0;
       }
-      if (window.slot == p.num_buffers) window.slot = 0, window.parity ^= p.keeps_x ^ 1;
+      if (window.slot == p.num_buffers) window.slot = 0, window.parity ^= !keeps_x;
       window.wait();
       x = window.look(l);
       left = min(p.piece, count - tile);

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from qspec_llm.kernels.cuda.compile import Kernel, kernel
+from qspec_llm.kernels.cuda.compile import Kernel, architecture, kernel
 from qspec_llm.kernels.cuda.form import Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
 
-__all__ = ["Cut", "Device", "Tuning", "cut", "instance", "multiply", "tuning"]
+__all__ = ["Cut", "Device", "Tuning", "cut", "instance", "multiply", "sharers", "tuning"]
 
 RANGES = 8  # of columns, a warp each; the order of every sum follows from it
 WIDEST = 2  # tiles of 8 tokens
 MOST_BUFFERS = 8  # of x, a warp
 RESERVED = 1 << 10  # bytes of shared memory that the system keeps of every block
+MULTICASTS = ("sm_90a", "sm_100")  # where one copy reaches several blocks at full speed
+LEAST_SHARED = 3  # rows of x from which on two blocks share the loading of them
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,12 @@ def tuning(form: Form, token_tiles: int, row_tiles: int) -> Tuning:
 
 @dataclass(frozen=True)
 class Device:
-    """What a cut depends on: multiprocessors, and bytes of shared memory."""
+    """What a cut depends on: multiprocessors, bytes of shared memory, copies to several blocks."""
 
     multiprocessors: int
     smem_per_sm: int
     smem_per_block: int
+    has_multicast: bool = False
 
 
 @cache
@@ -76,6 +79,7 @@ def _device(index: int) -> Device:
         found.multi_processor_count,
         found.shared_memory_per_multiprocessor,
         found.shared_memory_per_block_optin,
+        architecture(index) in MULTICASTS,
     )
 
 
@@ -147,6 +151,20 @@ def cut(
     )
 
 
+def sharers(laid: Cut, tokens: int, device: Device) -> int:
+    """Neighbouring blocks that load x together, as a cluster: 1 or 2.
+
+    In pairs every block has rows to compute, so that it lasts as long as what is copied into it.
+
+    Args:
+        laid: the cut.
+        tokens: rows of x that a block reads.
+        device: what it runs on.
+    """
+    is_worth_it = device.has_multicast and tokens >= LEAST_SHARED
+    return 2 if is_worth_it and laid.keeps_x and laid.grid % 2 == 0 else 1
+
+
 class _Problem(ctypes.Structure):
     """direct.cu's Problem."""
 
@@ -160,8 +178,8 @@ class _Problem(ctypes.Structure):
 
 
 @cache
-def instance(form: Form, token_tiles: int, chosen: Tuning) -> Kernel:
-    """The kernel for tiles of 8 tokens."""
+def instance(form: Form, token_tiles: int, chosen: Tuning, cluster: int = 1) -> Kernel:
+    """The kernel for tiles of 8 tokens, and for clusters of as many blocks."""
     return kernel(
         "direct.cu",
         "direct",
@@ -171,6 +189,7 @@ def instance(form: Form, token_tiles: int, chosen: Tuning) -> Kernel:
         DEPTH=chosen.depth,
         LEAD=chosen.lead,
         BLOCKS=chosen.blocks,
+        CLUSTER=cluster,
     )
 
 
@@ -205,5 +224,6 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         out_is_float=int(product.out.dtype is torch.float32),
     )
     grid = (laid.grid, math.ceil(num_tokens / (8 * token_tiles)))
-    function = instance(product.form, token_tiles, tuned)
-    function.launch(grid, RANGES * 32, [problem], smem=laid.smem, pdl=product.pdl)
+    cluster = sharers(laid, tokens, device)
+    function = instance(product.form, token_tiles, tuned, cluster)
+    function.launch(grid, RANGES * 32, [problem], smem=laid.smem, cluster=cluster, pdl=product.pdl)

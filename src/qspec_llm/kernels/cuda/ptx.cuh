@@ -278,6 +278,16 @@ DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {
       : "memory");
 }
 
+// A copy into all blocks of the cluster that have a bit in `blocks`: at the same place in each, counted by
+// the barrier at the same place in each.
+DEVICE void bulk_load_multicast(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], "
+      "%2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(bar), "h"((u16)blocks)
+      : "memory");
+}
+
 // A warp's copy of two pieces into its shared memory, by one of its lanes; `bar` counts the bytes. There is
 // no second piece where `more` is 0. Told by elect.sync, the compiler issues it once, without a loop over
 // lanes that might differ.
