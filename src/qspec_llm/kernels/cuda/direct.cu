@@ -55,60 +55,58 @@ struct Window {
   u32 row_bytes, bytes;   // from row to row, and of a buffer
   int tokens, first_token, first, count;
   int next;               // first tile of the piece to fetch
-  int to_fetch;           // pieces
+  int to_fetch;           // tiles
   int slot, parity;       // of the piece that is read
 
   // Columns that do not exist are zeros, and tokens that do not exist are not read.
   DEVICE void fetch(const Problem& p, int to, int lane) {
     if (to_fetch == 0) return;
-    to_fetch--;
-    const u32 buffer = buffers + to * bytes;
+    const u32 buffer = buffers + to * bytes, meta = buffer + tokens * row_bytes;
     const int tiles = min(p.piece, count - next), tile = first + next;
+    to_fetch -= tiles;
     const int width = min(tiles * X_TILE, p.num_cols * (ACT / 8) - tile * X_TILE);
-    const u8* from = p.x + (size_t)first_token * p.num_cols * (ACT / 8) + tile * X_TILE;
-    for (int i = lane; i < tokens * (tiles * X_TILE - width) / 16; i += 32) {
-      const int chunks = (tiles * X_TILE - width) / 16;
-      zero_shared4(buffer + i / chunks * row_bytes + width + i % chunks * 16);
+    const size_t pitch = (size_t)p.num_cols * (ACT / 8);
+    const u8* from = p.x + first_token * pitch + tile * X_TILE;
+    if (lane < (tiles * X_TILE - width) / 16) {  // less than a tile: no more than the lanes
+#pragma unroll 1
+      for (int i = 0; i < tokens; i++) zero_shared4(buffer + i * row_bytes + width + lane * 16);
     }
 #if HAS_BULK_COPY
-    const u32 barrier = barriers + to * 8;
-    const int rank = blockIdx.x % CLUSTER, token = lane * CLUSTER + rank;
-    // the bytes of all blocks; some may have arrived before
-    if (lane == 0) barrier_expect(barrier, tokens * width + tiles * META_TILE);
-    __syncwarp();
-    if (token < tokens) {
-      load_for_all(buffer + token * row_bytes, from + (size_t)token * p.num_cols * (ACT / 8), width,
-                   barrier);
+    if (is_elected()) {
+      const u32 barrier = barriers + to * 8;
+      const int rank = blockIdx.x % CLUSTER;
+      // the bytes of all blocks; some may have arrived before
+      barrier_expect(barrier, tokens * width + tiles * META_TILE);
+      u32 row = buffer + rank * row_bytes;
+      from += rank * pitch;
+#pragma unroll 1
+      for (int i = rank; i < tokens; i += CLUSTER) {
+        load_for_all(row, from, width, barrier);
+        row += CLUSTER * row_bytes, from += CLUSTER * pitch;
+      }
+#if ACT == 8
+      if (p.pitch != TOKENS) {
+        for (int i = rank; i < tiles * ACT_GROUPS; i += CLUSTER) {
+          const u8* group = p.meta + ((size_t)(tile * ACT_GROUPS + i) * p.pitch + first_token) * 8;
+          load_for_all(meta + i * TOKENS * 8, group, TOKENS * 8, barrier);
+        }
+      } else if (rank == CLUSTER - 1) {  // which has one token less if their number is odd
+        load_for_all(meta, p.meta + tile * META_TILE, tiles * META_TILE, barrier);
+      }
+#endif
     }
 #else
     for (int i = lane; i < tokens * (width / 16); i += 32) {
       const int token = i / (width / 16), at = i % (width / 16) * 16;
-      copy16(buffer + token * row_bytes + at, from + (size_t)token * p.num_cols * (ACT / 8) + at);
+      copy16(buffer + token * row_bytes + at, from + token * pitch + at);
     }
-#endif
 #if ACT == 8
-    const u32 meta = buffer + tokens * row_bytes;
-#if HAS_BULK_COPY
-    if (p.pitch == TOKENS) {
-      // by the last block, which has one token less if their number is odd
-      if (lane == 0 && rank == CLUSTER - 1) {
-        load_for_all(meta, p.meta + tile * META_TILE, tiles * META_TILE, barrier);
-      }
-      next = next + tiles == count ? 0 : next + tiles;
-      return;
-    }
-#endif
     for (int i = lane; i < tiles * ACT_GROUPS; i += 32) {
       const u8* row = p.meta + ((size_t)(tile * ACT_GROUPS + i) * p.pitch + first_token) * 8;
-#if HAS_BULK_COPY
-      if (i % CLUSTER == rank) load_for_all(meta + i * TOKENS * 8, row, TOKENS * 8, barrier);
-#else
 #pragma unroll
       for (int k = 0; k < TOKENS / 2; k++) copy16(meta + (i * TOKENS + k * 2) * 8, row + k * 16);
-#endif
     }
 #endif
-#if !HAS_BULK_COPY
     copy_commit();
 #endif
     next = next + tiles == count ? 0 : next + tiles;
@@ -182,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   window.buffers = barriers + RANGES * MOST_BUFFERS * 8 + range * p.num_buffers * window.bytes;
   window.next = window.slot = window.parity = 0;
   const int count = window.count;
-  window.to_fetch = (count + p.piece - 1) / p.piece;
+  window.to_fetch = count;
   if (!keeps_x) {
     window.to_fetch *= (p.num_blocks - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
   }

@@ -278,6 +278,15 @@ DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {
       : "memory");
 }
 
+// One lane of the warp, all of which ask. The compiler knows that it is one, so that the copies it issues take
+// no loop over lanes that might differ.
+DEVICE bool is_elected() {
+  u32 elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 %0, 1, 0, p; }"
+               : "=r"(elected));
+  return elected;
+}
+
 // A copy into all blocks of the cluster that have a bit in `blocks`: at the same place in each, counted by
 // the barrier at the same place in each.
 DEVICE void bulk_load_multicast(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks) {
