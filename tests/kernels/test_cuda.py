@@ -172,7 +172,7 @@ def test_the_cut_keeps_every_multiprocessor_busy(
         assert direct.sharers(laid, tokens, device) == 1
         shared = direct.sharers(laid, tokens, replace(device, has_multicast=True))
         assert laid.grid % shared == 0
-        assert (shared == 2) == (tokens >= 3 and laid.keeps_x and laid.grid % 2 == 0)
+        assert (shared == 2) == (tokens >= 3 and laid.grid % 2 == 0)
 
 
 @gpu
@@ -230,6 +230,29 @@ def test_a_row_does_not_depend_on_the_others(
         assert_same_bits(run(x[:count], packed, VIEWS[view], is_prompt=is_prompt), whole[:count])
         part = x[start:].contiguous()
         assert_same_bits(run(part, packed, VIEWS[view], is_prompt=is_prompt), whole[start:])
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 8, 9, 15, 16, 21])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("form", ["signed16", "affine4_offset", "bfloat16"])
+def test_blocks_that_share_x_change_no_bit(
+    form: str, view: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of x kept and not, ranges without columns, a last tile that is not whole, odd grids."""
+    for shape in [
+        (4096, 4096, 128),
+        (512, 14336, 128),
+        (128, 576, 64),
+        (544, 2432, 32),
+        (97, 96, 32),
+    ]:
+        packed, x = layout.pack(random_stored(form, *shape)), fresh(num_tokens, shape[1])
+        monkeypatch.setattr(direct, "LEAST_SHARED", 1000)
+        alone = run(x, packed, VIEWS[view])
+        monkeypatch.setattr(direct, "LEAST_SHARED", 1)
+        for pdl in (False, True, True, True):
+            assert_same_bits(run(x, packed, VIEWS[view], pdl=pdl), alone)
 
 
 def sparse(*shape: int) -> Tensor:

@@ -23,7 +23,8 @@ from qspec_llm.weights.view import VERIFY, View
 
 __all__ = ["check", "check_packed", "some_planes"]
 
-ROWS, COLS = 80, 1024  # five panels, and columns enough for a cluster to share
+# Tiles of rows for blocks in pairs, the last of them half a block; columns for a cluster to share.
+ROWS, COLS = 112, 1024
 COUNTS = (1, 16, 24, 40, 72)  # every width of instance, and blocks of them
 LARGEST_ERROR = 1e-4  # norm-relative, of float32 sums
 LARGEST_ROUNDED = 4e-3  # the same, with weights rounded to bf16

@@ -8,8 +8,8 @@
 // before those have ended.
 //
 // In clusters of two, x comes out of the L2 once for both blocks: a warp needs the columns of its like in
-// the other block, so each copies every other token, and its scales one of them, into both. That takes
-// room for all of x: a buffer filled again would have to be free in both.
+// the other block, so each copies every other token, and one of them the scales, into both. Buffers that are
+// filled again a block fills alone, since they may still be read in the other.
 //
 // The number of tokens picks only NT, 1 or 2. Further compile-time parameters (tile.cuh and product.cuh
 // have the others): RT, DEPTH, LEAD, BLOCKS (a multiprocessor), CLUSTER change no sum.
@@ -38,13 +38,11 @@ struct Problem {
 // ---- x -------------------------------------------------------------------------------------------
 
 #if HAS_BULK_COPY
-// A copy for all blocks of the cluster, at the same place in each and counted by each.
-DEVICE void load_for_all(u32 to, const void* from, u32 bytes, u32 barrier) {
-#if CLUSTER > 1
-  bulk_load_multicast(to, from, bytes, barrier, (1 << CLUSTER) - 1);
-#else
-  bulk_load(to, from, bytes, barrier);
-#endif
+// A copy into this block, or into all SHARERS of the cluster: at the same place in each, counted by each.
+template <int SHARERS>
+DEVICE void load_for(u32 to, const void* from, u32 bytes, u32 barrier) {
+  if (SHARERS == 1) bulk_load(to, from, bytes, barrier);
+  else bulk_load_multicast(to, from, bytes, barrier, (1 << SHARERS) - 1);
 }
 #endif
 
@@ -58,7 +56,9 @@ struct Window {
   int to_fetch;           // tiles
   int slot, parity;       // of the piece that is read
 
-  // Columns that do not exist are zeros, and tokens that do not exist are not read.
+  // Columns that do not exist are zeros, and tokens that do not exist are not read. Blocks that share the
+  // loading all fetch the same piece into the same buffer.
+  template <int SHARERS>
   DEVICE void fetch(const Problem& p, int to, int lane) {
     if (to_fetch == 0) return;
     const u32 buffer = buffers + to * bytes, meta = buffer + tokens * row_bytes;
@@ -74,24 +74,24 @@ struct Window {
 #if HAS_BULK_COPY
     if (is_elected()) {
       const u32 barrier = barriers + to * 8;
-      const int rank = blockIdx.x % CLUSTER;
+      const int rank = blockIdx.x % SHARERS;
       // the bytes of all blocks; some may have arrived before
       barrier_expect(barrier, tokens * width + tiles * META_TILE);
       u32 row = buffer + rank * row_bytes;
       from += rank * pitch;
 #pragma unroll 1
-      for (int i = rank; i < tokens; i += CLUSTER) {
-        load_for_all(row, from, width, barrier);
-        row += CLUSTER * row_bytes, from += CLUSTER * pitch;
+      for (int i = rank; i < tokens; i += SHARERS) {
+        load_for<SHARERS>(row, from, width, barrier);
+        row += SHARERS * row_bytes, from += SHARERS * pitch;
       }
 #if ACT == 8
       if (p.pitch != TOKENS) {
-        for (int i = rank; i < tiles * ACT_GROUPS; i += CLUSTER) {
+        for (int i = rank; i < tiles * ACT_GROUPS; i += SHARERS) {
           const u8* group = p.meta + ((size_t)(tile * ACT_GROUPS + i) * p.pitch + first_token) * 8;
-          load_for_all(meta + i * TOKENS * 8, group, TOKENS * 8, barrier);
+          load_for<SHARERS>(meta + i * TOKENS * 8, group, TOKENS * 8, barrier);
         }
-      } else if (rank == CLUSTER - 1) {  // which has one token less if their number is odd
-        load_for_all(meta, p.meta + tile * META_TILE, tiles * META_TILE, barrier);
+      } else if (rank == SHARERS - 1) {  // which has one token less if their number is odd
+        load_for<SHARERS>(meta, p.meta + tile * META_TILE, tiles * META_TILE, barrier);
       }
 #endif
     }
@@ -167,7 +167,6 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   const Lane l = my_lane();
   const int range = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same in all lanes
   const u32 sums = smem_address(shared), barriers = sums + 2 * RANGES * SUM_BYTES;
-  const bool keeps_x = CLUSTER > 1 || p.keeps_x;
 
   Window window;
   window.first = p.num_col_tiles * range / RANGES;
@@ -181,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   window.next = window.slot = window.parity = 0;
   const int count = window.count;
   window.to_fetch = count;
-  if (!keeps_x) {
+  if (!p.keeps_x) {
     window.to_fetch *= (p.num_blocks - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
   }
 
@@ -230,13 +229,14 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
   if (count) start_block();
 #pragma unroll
   for (int d = 0; d < LEAD; d++) load(d);
-  wait_for_earlier_kernels();
 #if CLUSTER > 1
   // The other block runs, and its barriers are known. They need not meet again: a block has rows to compute
   // and ends after it has waited for all that is copied into it.
   cluster_wait();
 #endif
-  for (int i = 0; i < p.num_buffers; i++) window.fetch(p, i, l.lane);
+  wait_for_earlier_kernels();
+  // no more than the pieces of a range, so the same in all blocks
+  for (int i = 0; i < p.num_buffers; i++) window.fetch<CLUSTER>(p, i, l.lane);
 #pragma unroll
   for (int d = LEAD; d < DEPTH; d++) load(d);
 
@@ -275,18 +275,18 @@ extern "C" __global__ void __launch_bounds__(RANGES * 32, BLOCKS)
       if (--left) continue;
       const bool is_last = block + (int)gridDim.x >= p.num_blocks;
       tile = min(tile + p.piece, count);
-      if (!keeps_x) {
+      if (!p.keeps_x) {
         __syncwarp();
-        window.fetch(p, window.slot, l.lane);
+        window.fetch<1>(p, window.slot, l.lane);
       }
       window.slot++;
       if (tile == count) {
         finish();
         if (is_last) break;
         tile = 0;
-        if (keeps_x) window.slot = 0;
+        if (p.keeps_x) window.slot = 0;
       }
-      if (window.slot == p.num_buffers) window.slot = 0, window.parity ^= !keeps_x;
+      if (window.slot == p.num_buffers) window.slot = 0, window.parity ^= !p.keeps_x;
       window.wait();
       x = window.look(l);
       left = min(p.piece, count - tile);

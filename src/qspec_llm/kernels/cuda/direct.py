@@ -161,8 +161,7 @@ def sharers(laid: Cut, tokens: int, device: Device) -> int:
         tokens: rows of x that a block reads.
         device: what it runs on.
     """
-    is_worth_it = device.has_multicast and tokens >= LEAST_SHARED
-    return 2 if is_worth_it and laid.keeps_x and laid.grid % 2 == 0 else 1
+    return 2 if device.has_multicast and tokens >= LEAST_SHARED and laid.grid % 2 == 0 else 1
 
 
 class _Problem(ctypes.Structure):
