@@ -125,7 +125,7 @@ def _generated(
         out=out,
         pdl=pdl,
     )
-    if wide.can_run(product.form, values.shape[0], weight.base.device.index):
+    if wide.can_run(values.shape[0], weight.base.device.index):
         wide.multiply(product)  # `chosen` is an instance of direct.cu
     else:
         direct.multiply(product, chosen)

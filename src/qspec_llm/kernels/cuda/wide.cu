@@ -189,6 +189,36 @@ struct TileOfX {
 };
 
 #if BITS
+#if ACT == 8
+// Codes become signed bytes 16 (u - 8), which costs the upper nibbles nothing; a level is a sixteenth
+// of what they stand for. The signed grid counts from 7 (or, at 8 bits, 16 * 7 + 8): its codes are
+// raised so that the zero is 8, and what remains of other zeros is a multiple of the sum of x.
+#if SIGNED
+#define LEFT_OF_ZERO (BITS == 8 ? -8 : 0)
+#else
+#define LEFT_OF_ZERO (OFFSET ? 128 : 0)
+#endif
+#define NEEDS_ONES ((LEFT_OF_ZERO || HAS_SHIFT) && GROUP < ACT_GROUP)
+#else
+#define NEEDS_ONES HAS_SHIFT
+#endif
+
+#if NEEDS_ONES
+// An operand A of nothing but ones: its products are sums of x. It comes from memory, once a tile. Of a
+// constant ptxas knows that the four registers are the same, and forgot to set three of them (13.5).
+__shared__ uint4 ones_of_a;
+
+DEVICE void write_ones() {
+  const u32 one = ACT == 8 ? 0x01010101u : 0x3F803F80u;
+  store_shared4(smem_address(&ones_of_a), make_uint4(one, one, one, one));
+}
+
+DEVICE void load_ones(u32 (&one)[4]) {
+  const uint4 v = load_shared4(smem_address(&ones_of_a));
+  one[0] = v.x, one[1] = v.y, one[2] = v.z, one[3] = v.w;
+}
+#endif
+
 // A row's scale, and its weights' offset in units of the weight: b, and the middle of 16 codes.
 DEVICE float row_scale(const Lane& l, const Raw& raw, int group, int upper) {
   return scale_to_float(spread(l, raw.scales, group, upper));
@@ -207,16 +237,6 @@ DEVICE float row_shift(const Lane& l, const Raw& raw, int group, int upper) {
 #endif
 
 #if ACT == 8
-// Codes become signed bytes 16 (u - 8), which costs the upper nibbles nothing; a level is a sixteenth
-// of what they stand for. The signed grid counts from 7 (or, at 8 bits, 16 * 7 + 8): its codes are
-// raised so that the zero is 8, and what remains of other zeros is a multiple of the sum of x.
-#if SIGNED
-#define LEFT_OF_ZERO (BITS == 8 ? -8 : 0)
-#else
-#define LEFT_OF_ZERO (OFFSET ? 128 : 0)
-#endif
-#define NEEDS_SUM (LEFT_OF_ZERO || HAS_SHIFT)
-#define NEEDS_ONES (NEEDS_SUM && GROUP < ACT_GROUP)
 #define SUB_NT (NT == 6 ? 6 : 4)                  // tiles of 8 tokens in a product
 #define SUBTILES (NT / SUB_NT)
 #define SUBGROUPS (64 / SUBGROUP)                 // of half a tile
@@ -295,6 +315,10 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
   u32 fine[2][2][4];
 #endif
   IntegerProduct product[2];
+#if NEEDS_ONES
+  u32 one[4];
+  load_ones(one);
+#endif
 #pragma unroll
   for (int j = 0; j < PRODUCTS + 2; j++) {
     const int h = j / (PRODUCTS / 2), sub = j / SUBTILES % SUBGROUPS, subtile = j % SUBTILES;
@@ -335,7 +359,6 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
         wgmma_u8s8<true>(product[j & 1].d, fine[h][at_step], b);
 #endif
 #if NEEDS_ONES
-        const u32 one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
         wgmma_s8<false>(product[j & 1].ones, one, b);  // a subgroup is one step
 #endif
       }
@@ -366,7 +389,8 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
   float d[NT][4];
 #if HAS_SHIFT
   float ones[NT][4];
-  const u32 one[4] = {0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u};
+  u32 one[4];
+  load_ones(one);
 #endif
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {
@@ -800,6 +824,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   if (threadIdx.x == 32) seldom.plan(p, blockIdx.x);
   if (threadIdx.x == 64) prefetch_map(&map);
+#if NEEDS_ONES
+  if (threadIdx.x == 96) write_ones();
+#endif
   __syncthreads();
   wait_for_earlier_kernels();
   const volatile Seldom& rare = seldom;

@@ -23,7 +23,6 @@ __all__ = [
     "blocks_of",
     "can_run",
     "multiply",
-    "reads",
     "tiles_of",
     "tuning",
 ]
@@ -86,21 +85,9 @@ def tuning(form: Form, token_tiles: int) -> Tuning:
     return Tuning(groups=2 if form.bits == 8 else 3)
 
 
-def can_run(form: Form, num_tokens: int, device: int) -> bool:
-    """Whether to use `multiply`: rows enough, warpgroup products, a form of weights it may read."""
-    is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return num_tokens >= LEAST_TOKENS and is_hopper and reads(form)
-
-
-def reads(form: Form) -> bool:
-    """Whether weights of this form were found right here, and faster than in direct.cu.
-
-    Others compile, and fail tests or were not timed (docs/gpu-notes.md).
-    """
-    is_other = form.has_offset or form.has_middle or form.is_half or form.act_group != 64
-    if form.bits == 8:
-        is_other |= form.act == 8 or not form.is_signed
-    return form.bits in (4, 8, 16) and not is_other
+def can_run(num_tokens: int, device: int) -> bool:
+    """Whether to use `multiply`: rows enough and warpgroup products."""
+    return num_tokens >= LEAST_TOKENS and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
