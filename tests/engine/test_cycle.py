@@ -90,7 +90,10 @@ def test_graphs_give_the_tokens_and_counts_of_single_steps(decoder: Decoder, gam
     assert tokens(actual) == tokens(expected)
     assert counts(actual) == counts(expected)
     if gamma:
-        assert 0 < sum(r.num_accepted for r in actual) < sum(r.num_tested for r in actual)
+        accepted, tested = sum(r.num_accepted for r in actual), sum(r.num_tested for r in actual)
+        assert 0 < accepted <= tested
+        # drafts of int4 read the same weights: so small a model may find all of them right
+        assert accepted < tested or decoder.draft_bytes == decoder.stored_bytes
 
 
 def test_gammas_mix_and_requests_come_and_go(decoder: Decoder) -> None:

@@ -102,5 +102,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
     }
     wait();
   };
-  attend_lanes(sh, p, rank, kv_head, seq, thread, 1, meet_block, wait_for_rows, finish);
+  attend_lanes<false>(sh, p, rank, kv_head, seq, thread, 1, meet_block, wait_for_rows, finish);
 }

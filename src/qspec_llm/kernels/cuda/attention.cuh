@@ -42,6 +42,14 @@
 #ifndef UNIT
 #define UNIT (16 * SHARES)  // keys, or values: half a chunk or whole ones
 #endif
+#ifndef MOST_QUERIES
+#define MOST_QUERIES QUERIES  // that there are at a time; the others' rows of `queries` are zeros, if fewer
+#endif
+#define QUERY_HALVES ((MOST_QUERIES - 1) % 16 / 8 + 1)  // of 16 queries, those that are not all missing
+#define TURNS ((MOST_QUERIES * HALF + THREADS - 1) / THREADS)  // pairs of the queries' columns for a thread
+#ifndef AT_A_TIME
+#define AT_A_TIME (UNIT / COPIED)  // copies of a thread whose addresses are computed together
+#endif
 #define HALVES (SHARES == 1 ? 2 : 1)
 #define SPAN (UNIT * HALVES / CHUNK)  // chunks whose keys come in HALVES units, and then their values
 #define SCORES (UNIT + 8)             // pitch of scores that warps exchange
@@ -147,35 +155,70 @@ DEVICE void merge(const Found& found, float (&all)[2]) {
   for (int n = 0; n < 2; n++) all[n] = __fdiv_rn(all[n], sum == 0.f ? 1.f : sum);
 }
 
+#if QUANT_GROUP
+// PART columns of one finished query, of which a lane holds columns lane and lane + 32, as codes. All lanes
+// of a warp call it.
+struct QuantizedPart {
+  int codes[2];
+  int2 meta[PART / QUANT_GROUP];
+
+  DEVICE explicit QuantizedPart(const float (&exact)[2]) {
+#pragma unroll
+    for (int group = 0; group < PART / QUANT_GROUP; group++) {
+      float value[QUANT_GROUP / 32], top = 0.f;
+#pragma unroll
+      for (int i = 0; i < QUANT_GROUP / 32; i++) {
+        value[i] = bf16_to_float(float_to_bf16(exact[group * (QUANT_GROUP / 32) + i]));
+        top = fmaxf(top, fabsf(value[i]));
+      }
+#pragma unroll
+      for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      const Scale scale(top);
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < QUANT_GROUP / 32; i++) {
+        const int code = (signed char)scale.code(value[i]);
+        codes[group * (QUANT_GROUP / 32) + i] = code;
+        sum += code;
+      }
+      meta[group] = make_int2(__float_as_int(scale.value), __reduce_add_sync(~0u, sum));
+    }
+  }
+
+  // Four codes, of those that lie at 4 lane of PART.
+  DEVICE u32 word() const {
+    const int lane = threadIdx.x & 31;
+    const u32 mine = (codes[0] & 255) | (codes[1] & 255) << 8;
+    const int first = (lane % 8 / 4) * 16 + lane % 4 * 2;
+    u32 found = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      // of every 16 columns the two halves of 8 are interleaved
+      const u32 other = __shfl_sync(~0u, mine, first + i % 2 * 8 + i / 2);
+      found |= (other >> (lane / 8 % 2 * 8) & 255) << (i * 8);
+    }
+    return found;
+  }
+};
+#endif
+
 // PART columns of one finished query, by one warp: columns lane and lane + 32.
 DEVICE void write(const float (&exact)[2], i64 row, int first_col, u16* out, u8* codes, int2* meta,
                   int pitch) {
   const int lane = threadIdx.x & 31;
 #if QUANT_GROUP
+  const QuantizedPart quantized(exact);
 #pragma unroll
-  for (int group = 0; group < PART / QUANT_GROUP; group++) {
-    float value[QUANT_GROUP / 32], top = 0.f;
+  for (int i = 0; i < 2; i++) {
+    const int col = first_col + i * 32 + lane;
+    // of every 16 columns the two halves of 8 are interleaved
+    const int at = (col & ~15) + ((col & 7) << 1) + ((col >> 3) & 1);
+    codes[row * (NUM_HEADS * HEAD) + at] = (u8)quantized.codes[i];
+  }
+  if (lane == 0) {
 #pragma unroll
-    for (int i = 0; i < QUANT_GROUP / 32; i++) {
-      value[i] = bf16_to_float(float_to_bf16(exact[group * (QUANT_GROUP / 32) + i]));
-      top = fmaxf(top, fabsf(value[i]));
-    }
-#pragma unroll
-    for (int step = 16; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const Scale scale(top);
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < QUANT_GROUP / 32; i++) {
-      const int code = scale.code(value[i]);
-      const int col = first_col + group * QUANT_GROUP + i * 32 + lane;
-      // of every 16 columns the two halves of 8 are interleaved
-      codes[row * (NUM_HEADS * HEAD) + (col & ~15) + ((col & 7) << 1) + ((col >> 3) & 1)] = (u8)code;
-      sum += code;
-    }
-    sum = __reduce_add_sync(~0u, sum);
-    if (lane == 0)
-      meta[(i64)(first_col / QUANT_GROUP + group) * pitch + row] =
-          make_int2(__float_as_int(scale.value), sum);
+    for (int group = 0; group < PART / QUANT_GROUP; group++)
+      meta[(i64)(first_col / QUANT_GROUP + group) * pitch + row] = quantized.meta[group];
   }
 #else
 #pragma unroll
@@ -192,10 +235,11 @@ DEVICE void write(const float (&exact)[2], i64 row, int first_col, u16* out, u8*
 //   meet_unit        waits for all THREADS threads
 //   wait_for_rows    returns when q, k, v may be read; every thread calls it once
 //   finish           takes a thread's results: Partial, the first query, how many, the sequence's first row
-template <class Meet, class Wait, class Finish>
+//   has_begun        the first copies of keys and values are under way; with BEGINS that is all that is done
+template <bool BEGINS, class Meet, class Wait, class Finish>
 DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, int seq, int thread,
                          int first_barrier, const Meet& meet_unit, const Wait& wait_for_rows,
-                         const Finish& finish) {
+                         const Finish& finish, bool has_begun = false) {
   const int lane = thread & 31, warp = thread >> 5;
   const int g = lane >> 2, t = lane & 3;
   const int team = warp / TEAM, tile = warp % MT, share = warp / MT % SHARES;
@@ -213,7 +257,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
   const i64 first = p.cu_rows[seq];
   const int num_queries = (int)(p.cu_rows[seq + 1] - first) * RATIO;
   if (context == 0) {  // for all lanes of the sequence
-    wait_for_rows();
+    if (!BEGINS) wait_for_rows();
     return;
   }
   const int first_position = (int)p.positions[first];
@@ -221,6 +265,8 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
   const int num_chunks = (context + CHUNK - 1) / CHUNK;
   const int num_mine = (num_chunks - stream + LANES - 1) / LANES;  // of the stream
   const int num_units = (num_mine + SPAN - 1) / SPAN * (2 * HALVES);
+  // the spans before this one have old keys only
+  const int fresh_span = max(0, (fresh / CHUNK - stream + LANES - 1) / LANES) / SPAN;
   const float factor = __fmul_rn(p.scale, LOG2E);
   const int mate_row = mate / PIECES, mate_col = mate % PIECES * 8;
 
@@ -232,7 +278,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
       Unit& room = sh.ring[team][unit % STAGES];
       const u32 to = smem_address(&room[mate_row][mate_col]);
       const u16* const cache = unit / HALVES % 2 ? p.value_cache : p.key_cache;
-#pragma unroll
+#pragma unroll AT_A_TIME
       for (int n = 0; n < UNIT; n += COPIED) {
         const int at = half * UNIT + n + mate_row;  // of the span's keys
         const int key = (stream + (chunk + at / CHUNK) * LANES) * CHUNK + at % CHUNK;
@@ -247,7 +293,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
   // written to their slots with their values.
   const auto add_new = [&](int unit) {
 #if ROTATE
-    if (unit >= num_units) return;
+    if (unit >= num_units || unit / (2 * HALVES) < fresh_span) return;
     const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
     const bool is_value = unit / HALVES % 2;
     Unit& room = sh.ring[team][unit % STAGES];
@@ -283,12 +329,17 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
 #endif
   };
 
+  if (BEGINS) {
+#pragma unroll 1
+    for (int unit = 0; unit < STAGES - 1; unit++) fetch_old(unit);
+    return;
+  }
   for (int m0 = 0; m0 < num_queries; m0 += QUERIES) {
     const int count = min(QUERIES, num_queries - m0);
     if (num_chunks > 16 * LANES) places = places_from(0);
-    float2 turns[QUERIES * HALF / THREADS];
+    float2 turns[TURNS];
 #pragma unroll
-    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+    for (int i = 0; i < TURNS; i++) {
       const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
       turns[i] = make_float2(0.f, 0.f);
       // rows of a sequence follow each other; what lies past the context is no row that counts
@@ -296,14 +347,15 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
       if (ROTATE && m < count) turns[i] = make_float2(p.cosines[turn], p.sines[turn]);
     }
 #pragma unroll 1
-    for (int unit = 0; unit < STAGES - 1; unit++) fetch_old(unit);
+    for (int unit = 0; unit < STAGES - 1 && !has_begun; unit++) fetch_old(unit);
+    has_begun = false;
 #if ROTATE
     // nothing so far was written by kernels that may still run
     if (m0 == 0) wait_for_rows();
 #endif
-    u32 pairs[QUERIES * HALF / THREADS];
+    u32 pairs[TURNS];
 #pragma unroll
-    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+    for (int i = 0; i < TURNS; i++) {
       const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
       pairs[i] = 0;
       if (m < count) {
@@ -315,7 +367,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
 #pragma unroll 1
     for (int unit = 0; unit < STAGES - 1; unit++) add_new(unit);
 #pragma unroll
-    for (int i = 0; i < QUERIES * HALF / THREADS; i++) {
+    for (int i = 0; i < TURNS; i++) {
       const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
       u32 turned = pairs[i];
       if (ROTATE) turned = rotated_pair(turned & 0xFFFF, turned >> 16, turns[i].x, turns[i].y);
@@ -324,7 +376,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
     }
     int last_keys[2];  // that this thread's two queries see
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < QUERY_HALVES; half++) {
       const int m = tile * 16 + half * 8 + g;
       last_keys[half] = m < count ? first_position + (m0 + m) / RATIO : -1;
     }
@@ -354,7 +406,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
     const auto weigh = [&](int low) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        if (half && count <= 8) {  // no query there
+        if (half && (QUERY_HALVES == 1 || count <= 8)) {  // no query there
 #pragma unroll
           for (int i = 0; i < CHUNK / 8; i++) weights[i][1] = 0;
           continue;
@@ -431,15 +483,16 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
         if (share * 16 < UNIT) {
           score(scores[0], scores[1], smem_address(&room[share * 16 + key_row][key_col]));
 #pragma unroll
-          for (int i = 0; i < 4; i++)
+          for (int i = 0; i < 2 * QUERY_HALVES; i++)
             *(float2*)(mine + i / 2 * 8 * SCORES + share * 16 + i % 2 * 8) =
                 make_float2(scores[i % 2][i / 2 * 2], scores[i % 2][i / 2 * 2 + 1]);
         }
       } else {
 #pragma unroll 1
-        for (int i = 0; i < SPAN && chunk + i < num_mine; i++) {
+        for (int i = 0; i < SPAN; i++) {
+          if (chunk + i >= num_mine) break;
 #pragma unroll
-          for (int j = 0; j < CHUNK / 4; j++) {
+          for (int j = 0; j < CHUNK / 8 * QUERY_HALVES; j++) {
             const float2 pair = *(const float2*)(mine + j / 4 * 8 * SCORES + i * CHUNK + j % 4 * 8);
             scores[j % 4][j / 4 * 2] = pair.x;
             scores[j % 4][j / 4 * 2 + 1] = pair.y;

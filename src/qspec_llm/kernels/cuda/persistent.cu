@@ -7,10 +7,16 @@
 // a warp for each range of the columns (product.cuh). Team i of all takes panels i, i + teams, and so on: a
 // panel is 16 rows of weights.
 //
-// A layer, with a meeting of all blocks at every |:
+// A layer; at every | blocks take what others have computed (stamped.cuh):
 //
 //   norm, quantise (every block for itself); q, k, v | lanes of attention | merge, quantise |
 //   output, added to x | norm, quantise; gate, up | SwiGLU, quantise | down, added to x |
+//
+// No memory is written anew before all have read it: whoever writes has waited for all of a row, each part of
+// which was written by a block that had waited for all of the row before.
+//
+// Registers are scarce: what does not fit into 128 of them goes to memory, past a first-level cache that has next
+// to no room beside so much shared memory, and made a step a fifth slower.
 //
 // Every operation has the arithmetic, and the order of every sum, of the kernels that do it alone (direct.cu,
 // rows.cu, attention.cu): the row's bits do not tell which of them computed it.
@@ -31,21 +37,39 @@
 #define CLUSTER 8  // every lane of attention has its team
 #define ROTATE 1
 #define MT 1
+#define MOST_QUERIES (NUM_HEADS / NUM_KV)  // one row's
+#define AT_A_TIME 1
 
 #include "attention.cuh"
 #include "product.cuh"
+#include "stamped.cuh"
 #include "vector.cuh"
 
 #define ALL_WARPS 16
 #define ALL_THREADS (32 * ALL_WARPS)
-#define TEAMS 2  // of a block
+#define TEAMS 2        // of a block
+#ifndef MOST_PIECES
+#define MOST_PIECES 2  // that a thread asks for at a time
+#endif
 #define QUERY (NUM_HEADS * HEAD)
 #define QKV (QUERY + 2 * NUM_KV * HEAD)
 #define SLOT_BYTES (SLOT_TILES * (BASE_BYTES + REST_BYTES))
 #define RING_BYTES (ALL_WARPS * SLOTS * SLOT_BYTES)
+#define ROW_BYTES (COUNT_OF(WIDEST) * (X_TILE + META_TILE))  // of a linear's input
 #define SUMS_BYTES (2 * TEAMS * RANGES * SUM_BYTES)  // two buffers for each team
 #define COUNT_OF(columns) (((columns) + TILE_COLS - 1) / TILE_COLS)
+#define WIDER(a, b) ((a) > (b) ? (a) : (b))
+#define WIDEST WIDER(WIDER(HIDDEN, QUERY), INNER)
 #define LINE 128  // bytes of a line of the L2
+
+// A row as pieces: pairs of 4 codes, then {scale, sum} of every group; or words.
+#if ACT == 8
+#define VALUES_OF(columns) ((columns) / 8)
+#define PIECES_OF(columns) (VALUES_OF(columns) + (columns) / ACT_GROUP)
+#else
+#define VALUES_OF(columns) ((columns) / 4)
+#define PIECES_OF(columns) VALUES_OF(columns)
+#endif
 
 enum { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, LINEARS };
 
@@ -59,22 +83,35 @@ struct LayerTable {
 
 struct Step {
   LayerTable layers[NUM_LAYERS];
-  u16* x;              // [HIDDEN], the residual stream before and after
-  u16* qkv;            // [QKV]
-  u16* attended;       // [QUERY], bf16 or codes
-  int2* attended_meta;
-  u16* gate_up;        // [2 INNER]
-  u16* inner;          // [INNER], bf16 or codes
-  int2* inner_meta;
-  float* lanes;        // [heads][LANES][HEAD] of attention
-  float2* lane_stats;  // [heads][LANES] {top, sum}
-  u32* meetings;       // {arrivals, blocks that are done}, zeros
+  u16* x;  // [HIDDEN], the residual stream before and after
+  // what blocks hand to each other (stamped.cuh)
+  u32 *after_attention, *after_mlp;  // [HIDDEN] words, the residual stream
+  u32* qkv;                          // [QKV] words
+  u32* gate_up;                      // [2 INNER] words
+  uint4 *attended, *inner;           // pieces of a row (PIECES_OF)
+  uint2* lanes;                      // [heads][LANES][HEAD] pairs, of attention
+  uint4* lane_stats;                 // [heads][LANES] pairs of {top, sum}
+  u32* counts;                       // {the last stamp, blocks that are done}
   const float *cosines, *sines;
   const i64 *positions, *slots, *cu_rows, *contexts, *tables;
   int table_stride, table_size;
   int bias_is_float;
   float eps, scale;
 };
+
+// This thread and block, read anew: what a stage computes from them does not stay in registers while linears
+// are multiplied, which want them all.
+DEVICE int this_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+DEVICE int this_block() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
 
 DEVICE int columns_of(int linear) {
   return linear == ATTENTION_OUT ? QUERY : linear == MLP_OUT ? INNER : HIDDEN;
@@ -91,81 +128,94 @@ DEVICE int2 tiles_of(int linear, int range) {
   return make_int2(first, tiles * (range + 1) / RANGES - first);
 }
 
-// ---- meetings of all blocks ----------------------------------------------------------------------
-
-// What this block has written is visible to blocks that have waited for `count` meetings.
-DEVICE void arrive_at_meeting(u32* arrivals) {
-  __syncthreads();
-  if (threadIdx.x == 0) count_up(arrivals);
-}
-
-// For one thread of those that wait; a barrier among them has to follow.
-DEVICE void await_meeting(const u32* arrivals, int count) {
-  const u32 wanted = count * gridDim.x;
-#pragma unroll 1
-  for (u32 tries = 0; tries < 1u << 23; tries++) {  // some seconds: a block is lost
-    if (read_count(arrivals) >= wanted) return;
-  }
-  __trap();
-}
-
 // ---- weights -------------------------------------------------------------------------------------
+
+// How a warp's copies go on, in shared memory: needed once a panel.
+struct Feed {
+  int panels;  // from the one that is copied to the end, of which every stride-th is this warp's
+  int count;   // tiles of each
+  int jump;    // tiles from the end of one to the beginning of the next
+  int layer, linear;
+};
+
+extern __shared__ __align__(128) u8 shared[];
+__shared__ Feed feeds[ALL_WARPS];
+
+// A value that all lanes hold, in a way that says so.
+DEVICE int same(int value) { return __shfl_sync(~0u, value, 0); }
+
+// What follows from which warp this is.
+struct Own {
+  int range, team;        // of the columns, of all teams of the GPU
+  u32 slots, barriers;    // shared addresses of its ring
+  Feed* feed;
+
+  DEVICE Own() {
+    const int warp = same(this_thread() / 32);
+    range = warp % RANGES, team = warp / RANGES * gridDim.x + this_block();
+    slots = smem_address(shared) + warp * (SLOTS * SLOT_BYTES);
+    barriers = smem_address(shared) + RING_BYTES + warp * (SLOTS * 8);
+    feed = &feeds[warp];
+  }
+
+  DEVICE static int stride() { return TEAMS * gridDim.x; }
+};
 
 // The weights of a warp's range, of all its panels, linears and layers, one after the other.
 struct Ring {
-  u32 slots, barriers;  // shared addresses
-  int range, team, stride;
-  // the next tiles to copy: `left` of a panel's `count`; `panels` lie from there to the end, of which every
-  // stride-th is this warp's
-  const u8 *base, *rest;
-  int left, count, panels, jump, layer, linear;
-  int slot;  // the next one to read
+  const u8 *base, *rest;  // the next tile to copy
+  int left;               // tiles of its panel
+  int slot;               // the next one to read
   u32 parity;
-  u64 policy;
 
   // The next linear of which this warp has tiles.
-  DEVICE void find_tiles(const Step& s) {
+  DEVICE void find_tiles(const Step& s, const Own& own) {
+    int layer = same(own.feed->layer), linear = same(own.feed->linear);
     left = 0;
-    while (layer < NUM_LAYERS) {
-      const int2 tiles = tiles_of(linear, range);
-      const int columns = COUNT_OF(columns_of(linear));
-      const size_t at = (size_t)team * columns + tiles.x;
-      panels = panels_of(linear) - team;
-      count = tiles.y, jump = stride * columns - count;
-      base = s.layers[layer].base[linear] + at * BASE_BYTES;
-      rest = s.layers[layer].rest[linear] + at * REST_BYTES;
-      if (++linear == LINEARS) linear = 0, layer++;
-      if (panels > 0 && count) {
-        left = count;
-        return;
+    while (layer < NUM_LAYERS && left == 0) {
+      const int2 tiles = tiles_of(linear, own.range);
+      const int columns = COUNT_OF(columns_of(linear)), panels = panels_of(linear) - own.team;
+      if (panels > 0 && tiles.y) {
+        const size_t at = (size_t)own.team * columns + tiles.x;
+        base = s.layers[layer].base[linear] + at * BASE_BYTES;
+        rest = s.layers[layer].rest[linear] + at * REST_BYTES;
+        left = tiles.y;
+        own.feed->panels = panels, own.feed->count = left;
+        own.feed->jump = Own::stride() * columns - left;
       }
+      if (++linear == LINEARS) linear = 0, layer++;
     }
+    own.feed->layer = layer, own.feed->linear = linear;
+    __syncwarp();
   }
 
-  DEVICE void fetch(const Step& s, int to) {
+  DEVICE void fetch(const Step& s, const Own& own, int to) {
     if (left == 0) return;
     const int n = min(SLOT_TILES, left);
-    const u32 at = slots + to * SLOT_BYTES;
+    const u32 at = own.slots + to * SLOT_BYTES;
     bulk_load_by_warp(at, base, n * BASE_BYTES, at + SLOT_TILES * BASE_BYTES, rest, n * REST_BYTES,
-                      barriers + to * 8, policy);
+                      own.barriers + to * 8, evict_first_policy());
     base += n * BASE_BYTES, rest += n * REST_BYTES;
     left -= n;
     if (left) return;
-    panels -= stride;
+    const int panels = same(own.feed->panels) - Own::stride();
     if (panels > 0) {
+      const int jump = same(own.feed->jump);
       base += (size_t)jump * BASE_BYTES, rest += (size_t)jump * REST_BYTES;
-      left = count;
+      left = same(own.feed->count);
+      own.feed->panels = panels;
+      __syncwarp();
     } else {
-      find_tiles(s);
+      find_tiles(s, own);
     }
   }
 
-  DEVICE void wait() const { barrier_wait(barriers + slot * 8, parity); }
+  DEVICE void wait(const Own& own) const { barrier_wait(own.barriers + slot * 8, parity); }
 
   // The slot has been read: fetches into it, and goes on to the next.
-  DEVICE void advance(const Step& s) {
+  DEVICE void advance(const Step& s, const Own& own) {
     __syncwarp();
-    fetch(s, slot);
+    fetch(s, own, slot);
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
 };
@@ -200,49 +250,100 @@ struct Input {
 
   // Columns that do not exist are zeros.
   DEVICE void fill_up(int columns) const {
+    const int thread = this_thread();
     const int bytes = columns * (ACT / 8), tail = COUNT_OF(columns) * X_TILE - bytes;
-    if (threadIdx.x < tail / 16) zero_shared4(row + bytes + threadIdx.x * 16);
+    if (thread < tail / 16) zero_shared4(row + bytes + thread * 16);
 #if ACT == 8
     const int groups = columns / ACT_GROUP;
-    if (threadIdx.x < COUNT_OF(columns) * ACT_GROUPS - groups)
-      store_shared2(meta + (groups + threadIdx.x) * 8, make_uint2(0, 0));
+    if (thread < COUNT_OF(columns) * ACT_GROUPS - groups)
+      store_shared2(meta + (groups + thread) * 8, make_uint2(0, 0));
 #endif
   }
 
-  // A row that other blocks have written, bf16 or codes with their scales.
-  DEVICE void copy(const u16* from, const int2* from_meta, int columns) const {
-    for (int i = threadIdx.x; i < columns * (ACT / 8) / 16; i += ALL_THREADS)
-      copy16(row + i * 16, (const uint4*)from + i);
-#if ACT == 8
-    for (int i = threadIdx.x; i < columns / ACT_GROUP; i += ALL_THREADS)
-      store_shared2(meta + i * 8, ((const uint2*)from_meta)[i]);
-#endif
-    copy_commit();
-    if (columns % TILE_COLS) fill_up(columns);
-    copy_wait<0>();
+  // A row that other blocks write, as pieces. `gate` is stamped not long before: until then the block
+  // leaves the L2 to others.
+  template <int COLUMNS>
+  DEVICE void copy(const uint4* from, const u32* gate, u32 stamp) const {
+    constexpr int all = PIECES_OF(COLUMNS), rounds = (all + ALL_THREADS - 1) / ALL_THREADS;
+    constexpr int batch = rounds < MOST_PIECES ? rounds : MOST_PIECES;
+    const int thread = this_thread();
+    __syncthreads();  // all warps are done with what lies there
+    if (thread % 32 == 0)
+      look_until_found([&]() { return is_word_of(load_stamped(gate), stamp); });
+    __syncwarp();
+#pragma unroll 1
+    for (int first = thread; first < all; first += batch * ALL_THREADS) {
+      uint4 pieces[batch];
+      look_until_found([&]() {
+        bool are_there = true;
+#pragma unroll
+        for (int i = 0; i < batch; i++)
+          if (first + i * ALL_THREADS < all) pieces[i] = load_piece(from + first + i * ALL_THREADS);
+#pragma unroll
+        for (int i = 0; i < batch; i++)
+          if (first + i * ALL_THREADS < all)
+            are_there &= ACT == 8 ? are_pairs_of(pieces[i], stamp) : are_words_of(pieces[i], stamp);
+        return are_there;
+      });
+#pragma unroll
+      for (int i = 0; i < batch; i++) {
+        const int at = first + i * ALL_THREADS;
+        const uint4& v = pieces[i];
+        if (at >= all) continue;
+        if (ACT == 16) store_shared2(row + at * 8, values_of_words(v));
+        else if (at < VALUES_OF(COLUMNS)) store_shared2(row + at * 8, make_uint2(v.x, v.z));
+        else store_shared2(meta + (at - VALUES_OF(COLUMNS)) * 8, make_uint2(v.x, v.z));
+      }
+    }
+    if (COLUMNS % TILE_COLS) fill_up(COLUMNS);
     __syncthreads();
   }
 
-  // RMSNorm of x, with the sums of rows.cu.
-  DEVICE void norm(const Step& s, const void* weight, float* row_sums) const {
+  // RMSNorm of the residual stream, with the sums of rows.cu: of words, or of x where there are none.
+  DEVICE void norm(const Step& s, const u32* words, u32 stamp, const void* weight,
+                   float* row_sums) const {
     constexpr int vectors = HIDDEN / 8, warps = (vectors + 31) / 32;  // of rows.cu
     constexpr int rounds = (warps + ALL_WARPS - 1) / ALL_WARPS;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float values[rounds][8], scale[rounds][8] = {};
+    const int thread = this_thread(), lane = thread % 32, warp = thread / 32;
+    float values[rounds][8] = {};
+    uint4 scales[rounds][NORM_FLOAT + 1] = {};  // on their way
 #pragma unroll
     for (int i = 0; i < rounds; i++) {
       const int at = (warp + i * ALL_WARPS) * 32 + lane;
-      uint4 held = make_uint4(0, 0, 0, 0);
-      if (at < vectors) {
-        held = *(const uint4*)(s.x + at * 8);
-#if NORM_FLOAT
-        *(float4*)scale[i] = ((const float4*)weight)[at * 2];
-        *(float4*)(scale[i] + 4) = ((const float4*)weight)[at * 2 + 1];
-#else
-        unpack(((const uint4*)weight)[at], scale[i]);
-#endif
+      if (at >= vectors) continue;
+#pragma unroll
+      for (int j = 0; j < NORM_FLOAT + 1; j++)
+        scales[i][j] = load_once((const uint4*)weight + at * (NORM_FLOAT + 1) + j);
+      if (!words) unpack(*(const uint4*)(s.x + at * 8), values[i]);
+    }
+    if (words) {
+      uint4 pieces[rounds][2];
+      if (lane == 0 && warp * 32 < vectors)  // the others leave the L2 to other blocks until then
+        look_until_found([&]() { return is_word_of(load_stamped(words + warp * 256), stamp); });
+      __syncwarp();
+      look_until_found([&]() {
+        bool are_there = true;
+#pragma unroll
+        for (int i = 0; i < rounds; i++) {
+          const int at = (warp + i * ALL_WARPS) * 32 + lane;
+#pragma unroll
+          for (int j = 0; j < 2; j++)
+            if (at < vectors) pieces[i][j] = load_piece(words + at * 8 + j * 4);
+        }
+#pragma unroll
+        for (int i = 0; i < rounds; i++) {
+          const int at = (warp + i * ALL_WARPS) * 32 + lane;
+#pragma unroll
+          for (int j = 0; j < 2; j++)
+            if (at < vectors) are_there &= are_words_of(pieces[i][j], stamp);
+        }
+        return are_there;
+      });
+#pragma unroll
+      for (int i = 0; i < rounds; i++) {
+        if ((warp + i * ALL_WARPS) * 32 + lane < vectors)
+          unpack(values_of_words(pieces[i][0], pieces[i][1]), values[i]);
       }
-      unpack(held, values[i]);
     }
 #pragma unroll
     for (int i = 0; i < rounds; i++) {
@@ -261,9 +362,15 @@ struct Input {
 #pragma unroll
     for (int i = 0; i < rounds; i++) {
       const int at = (warp + i * ALL_WARPS) * 32 + lane;
-      float normed[8];
+      float normed[8], scale[8];
+#if NORM_FLOAT
 #pragma unroll
-      for (int j = 0; j < 8; j++) normed[j] = __fmul_rn(__fmul_rn(values[i][j], factor), scale[i][j]);
+      for (int j = 0; j < 8; j++) scale[j] = __uint_as_float((&scales[i][j / 4].x)[j % 4]);
+#else
+      unpack(scales[i][0], scale);
+#endif
+#pragma unroll
+      for (int j = 0; j < 8; j++) normed[j] = __fmul_rn(__fmul_rn(values[i][j], factor), scale[j]);
       const uint4 rounded = pack(normed);
 #if ACT == 8
       unpack(rounded, normed);
@@ -283,21 +390,43 @@ struct Input {
 
 // ---- what blocks do between linears ---------------------------------------------------------------
 
+// The first lane, of all KV heads, that this team works on. The last teams have fewer panels of q, k, v than the
+// first.
+DEVICE int first_lane() {
+  return this_block() + (TEAMS - 1 - this_thread() / THREADS) * gridDim.x;
+}
+
 // Where the row sits, at hand for every layer.
 struct Places {
   i64 position, slot, context, cu_rows[2];
+  float cosines[HALF], sines[HALF];
 
   DEVICE void read(const Step& s) {
+    const i64 at = s.positions[0] * HALF;
     if (threadIdx.x == 0) position = s.positions[0], slot = s.slots[0], context = s.contexts[0];
     if (threadIdx.x < 2) cu_rows[threadIdx.x] = s.cu_rows[threadIdx.x];
+    if (threadIdx.x < HALF) {
+      cosines[threadIdx.x] = s.cosines[at + threadIdx.x];
+      sines[threadIdx.x] = s.sines[at + threadIdx.x];
+    }
   }
 };
 
-DEVICE Attention attention_of(const Step& s, const LayerTable& layer, const Places& places) {
+// What a team has in shared memory for a lane.
+struct LaneRoom {
+  Shared shared;
+  u16 fresh[(RATIO + 2) * HEAD];  // the row's queries, its key and its value, of one KV head
+};
+
+DEVICE Attention attention_of(const Step& s, const LayerTable& layer, const Places& places,
+                              const u16* fresh, int kv_head) {
   Attention p;
-  p.q = s.qkv, p.k = s.qkv + QUERY, p.v = s.qkv + QUERY + NUM_KV * HEAD;
-  p.q_stride = p.k_stride = p.v_stride = QKV;
-  p.cosines = s.cosines, p.sines = s.sines;
+  // those of its head are in shared memory: they are addressed as if all heads were
+  p.q = fresh - kv_head * RATIO * HEAD;
+  p.k = fresh + (RATIO - kv_head) * HEAD, p.v = fresh + (RATIO + 1 - kv_head) * HEAD;
+  p.q_stride = p.k_stride = p.v_stride = 0;
+  // and those of its position as if all positions were
+  p.cosines = places.cosines - places.position * HALF, p.sines = places.sines - places.position * HALF;
   p.key_cache = layer.key_cache, p.value_cache = layer.value_cache;
   p.positions = &places.position, p.slots = &places.slot;
   p.cu_rows = places.cu_rows, p.contexts = &places.context;
@@ -306,109 +435,176 @@ DEVICE Attention attention_of(const Step& s, const LayerTable& layer, const Plac
   return p;
 }
 
+// Waits for a KV head's part of q, k, v, and leaves it in a team's shared memory.
+DEVICE void take_fresh(const Step& s, u16* fresh, int kv_head, int thread, u32 stamp) {
+  constexpr int pieces = HEAD / 4, all = (RATIO + 2) * pieces;
+#pragma unroll
+  for (int first = 0; first < all; first += THREADS) {
+    const int i = first + thread;
+    if (i >= all) break;
+    const int other = i - RATIO * pieces;  // of the key and the value
+    const int at = other < 0 ? kv_head * RATIO * pieces + i
+                             : (NUM_HEADS + kv_head + other / pieces * NUM_KV) * pieces + other % pieces;
+    uint4 piece;
+    look_until_found([&]() {
+      piece = load_piece((const uint4*)s.qkv + at);
+      return are_words_of(piece, stamp);
+    });
+    *(uint2*)(fresh + i * 4) = values_of_words(piece);
+  }
+}
+
 // A team works on one lane of a KV head after the other.
-DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places, Shared& sh,
-                   int meetings) {
-  const Attention p = attention_of(s, layer, places);
-  const int unit = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
+DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places, LaneRoom& room,
+                   u32 stamp) {
+  const int unit = this_thread() / THREADS, thread = this_thread() % THREADS;
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const int share = warp % SHARES;
-  bool has_waited = false;
   const auto meet_unit = [&]() { meet_at<THREADS>(1 + unit); };
-  const auto wait_for_rows = [&]() {
-    if (has_waited) return;
-    has_waited = true;
-    if (thread == 0) await_meeting(s.meetings, meetings);
-    meet_unit();
-  };
-  for (int i = blockIdx.x + unit * gridDim.x; i < NUM_KV * LANES; i += TEAMS * gridDim.x) {
+  for (int i = first_lane(); i < NUM_KV * LANES; i += TEAMS * gridDim.x) {
     const int stream = i % LANES, kv_head = i / LANES;
-    const auto finish = [&](const Partial& part, int m0, int count, i64) {
+    const auto wait_for_rows = [&]() {
+      take_fresh(s, room.fresh, kv_head, thread, stamp);
+      meet_unit();
+    };
+    const auto leave = [&](const Partial& part, int m0, int count) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int m = half * 8 + g;
         if (m >= count) continue;
-        const int head = kv_head * RATIO + m0 + m;
-        float* to = s.lanes + (head * LANES + stream) * HEAD + share * COLS + 2 * t;
+        const int at = (kv_head * RATIO + m0 + m) * LANES + stream;
+        uint2* to = s.lanes + at * HEAD + share * COLS + 2 * t;
 #pragma unroll
         for (int col = 0; col < COLS / 8; col++)
-          *(float2*)(to + col * 8) =
-              make_float2(part.total[col][half * 2], part.total[col][half * 2 + 1]);
+          store_pairs(to + col * 8, __float_as_uint(part.total[col][half * 2]),
+                      __float_as_uint(part.total[col][half * 2 + 1]), stamp);
         if (share == 0 && t == 0)
-          s.lane_stats[head * LANES + stream] = make_float2(part.tops[half], part.sums[half * 2]);
+          store_pairs(s.lane_stats + at, __float_as_uint(part.tops[half]),
+                      __float_as_uint(part.sums[half * 2]), stamp);
       }
+    };
+    bool has_left = false;
+    const auto finish = [&](const Partial& part, int m0, int count, i64) {
+      leave(part, m0, count);
+      has_left = true;
       meet_unit();  // the shared memory is free again
     };
-    attend_lanes(sh, p, stream, kv_head, 0, thread, 1 + unit, meet_unit, wait_for_rows, finish);
-  }
-  wait_for_rows();
-}
-
-// The beginning of this team's first lane, and the next norms' weights, on their way to the L2 while q, k, v
-// are computed.
-DEVICE void prefetch(const Step& s, int layer, const Places& places) {
-  constexpr int lines = HEAD * 2 / LINE;  // of a key
-  if (blockIdx.x == gridDim.x - 1) {
-    const int at = threadIdx.x * LINE;
-    if (at < HIDDEN * (NORM_FLOAT ? 4 : 2)) {
-      prefetch_line((const u8*)s.layers[layer].norm[1] + at);
-      if (layer + 1 < NUM_LAYERS) prefetch_line((const u8*)s.layers[layer + 1].norm[0] + at);
+    const Attention p = attention_of(s, layer, places, room.fresh, kv_head);
+    attend_lanes<false>(room.shared, p, stream, kv_head, 0, thread, 1 + unit, meet_unit, wait_for_rows,
+                        finish, i == first_lane());
+    if (!has_left) {  // a row of no sequence; the others wait for its lanes all the same
+      Partial none = {};
+      none.tops[0] = none.tops[1] = -INFINITE;
+      leave(none, 0, RATIO);
     }
   }
-  const int i = blockIdx.x + threadIdx.x / THREADS * gridDim.x;
-  if (i >= NUM_KV * LANES) return;
-  const int stream = i % LANES, kv_head = i / LANES;
-  for (int n = threadIdx.x % THREADS; n < 4 * CHUNK * 2 * lines; n += THREADS) {
-    const int at = n / (2 * lines), key = (stream + at / CHUNK * LANES) * CHUNK + at % CHUNK;
-    if (key >= places.context) break;
-    const i64 slot = s.tables[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
-    const u16* cache = n / lines % 2 ? s.layers[layer].value_cache : s.layers[layer].key_cache;
-    prefetch_line(cache + (slot * NUM_KV + kv_head) * HEAD + n % lines * (LINE / 2));
-  }
 }
 
-// The lanes of all heads, a warp for PART columns of one.
-DEVICE void merge_lanes(const Step& s) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// The beginning of this team's first lane on its way into shared memory: keys and values of positions before
+// the row's, which are there long before it is.
+DEVICE void begin_lane(const Step& s, const LayerTable& layer, const Places& places, LaneRoom& room) {
+  const int i = first_lane(), thread = this_thread() % THREADS;
+  if (i >= NUM_KV * LANES) return;
+  const auto nothing = []() {};
+  const auto no_finish = [](const Partial&, int, int, i64) {};
+  attend_lanes<true>(room.shared, attention_of(s, layer, places, room.fresh, i / LANES), i % LANES,
+                     i / LANES, 0, thread, 0, nothing, nothing, no_finish);
+}
+
+// The next norms' weights on their way to the L2.
+DEVICE void prefetch(const Step& s, int layer) {
+  if (this_block() != gridDim.x - 1) return;
+  const int at = this_thread() * LINE;
+  if (at >= HIDDEN * (NORM_FLOAT ? 4 : 2)) return;
+  prefetch_line((const u8*)s.layers[layer].norm[1] + at);
+  if (layer + 1 < NUM_LAYERS) prefetch_line((const u8*)s.layers[layer + 1].norm[0] + at);
+}
+
+// The lanes of all heads, a warp for PART columns of one: those warps that are the last to get a lane.
+DEVICE void merge_lanes(const Step& s, u32 stamp) {
+  const int thread = this_thread(), lane = thread % 32, warp = ALL_WARPS - 1 - thread / 32;
   constexpr int parts = HEAD / PART;
-  for (int i = blockIdx.x + warp * gridDim.x; i < NUM_HEADS * parts; i += ALL_WARPS * gridDim.x) {
+  for (int i = gridDim.x - 1 - this_block() + warp * gridDim.x; i < NUM_HEADS * parts;
+       i += ALL_WARPS * gridDim.x) {
     const int head = i / parts, first_col = i % parts * PART;
+    uint2 pairs[LANES][2];
+    uint4 stats;
+    look_until_found([&]() {
+      stats = load_piece(s.lane_stats + head * LANES + lane % LANES);
+#pragma unroll
+      for (int j = 0; j < LANES; j++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+          pairs[j][n] = load_pair(s.lanes + (head * LANES + j) * HEAD + first_col + n * 32 + lane);
+      bool are_there = are_pairs_of(stats, stamp);
+#pragma unroll
+      for (int j = 0; j < LANES; j++) are_there &= pairs[j][0].y == stamp && pairs[j][1].y == stamp;
+      return are_there;
+    });
+    __syncwarp();
     Found found;
+    found.mine = __uint_as_float(lane % (2 * LANES) < LANES ? stats.x : stats.z);
 #pragma unroll
     for (int j = 0; j < LANES; j++)
 #pragma unroll
-      for (int n = 0; n < 2; n++)
-        found.values[j][n] = s.lanes[(head * LANES + j) * HEAD + first_col + n * 32 + lane];
-    const float2 stats = s.lane_stats[head * LANES + lane % LANES];
-    found.mine = lane % (2 * LANES) < LANES ? stats.x : stats.y;
+      for (int n = 0; n < 2; n++) found.values[j][n] = __uint_as_float(pairs[j][n].x);
     float all[2];
     merge(found, all);
-    write(all, 0, head * HEAD + first_col, s.attended, (u8*)s.attended, s.attended_meta, 1);
+    const int col = head * HEAD + first_col;
+#if ACT == 8
+    const QuantizedPart quantized(all);
+    const u32 word = quantized.word();
+    if (lane < PART / 4) store_pair((uint2*)s.attended + col / 4 + lane, word, stamp);
+    if (lane < PART / ACT_GROUP) {
+      const int2 m = lane ? quantized.meta[PART / ACT_GROUP - 1] : quantized.meta[0];
+      store_pairs(s.attended + VALUES_OF(QUERY) + col / ACT_GROUP + lane, m.x, m.y, stamp);
+    }
+#else
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+      store_stamped((u32*)s.attended + col + n * 32 + lane, float_to_bf16(all[n]) << 16 | stamp);
+#endif
   }
 }
 
-DEVICE void silu_mul(const Step& s) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+DEVICE void silu_mul(const Step& s, u32 stamp) {
+  const int thread = this_thread(), lane = thread % 32, warp = thread / 32;
   constexpr int vectors = INNER / 8, parts = (vectors + 31) / 32;
-  for (int i = blockIdx.x + warp * gridDim.x; i < parts; i += ALL_WARPS * gridDim.x) {
+  for (int i = this_block() + warp * gridDim.x; i < parts; i += ALL_WARPS * gridDim.x) {
     const int at = i * 32 + lane;
     float product[8] = {};
     if (at < vectors) {
+      uint4 pieces[4];
+      look_until_found([&]() {
+        bool are_there = true;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          pieces[j] = load_piece(s.gate_up + j / 2 * INNER + at * 8 + j % 2 * 4);
+#pragma unroll
+        for (int j = 0; j < 4; j++) are_there &= are_words_of(pieces[j], stamp);
+        return are_there;
+      });
       float gate[8], up[8];
-      unpack(*(const uint4*)(s.gate_up + at * 8), gate);
-      unpack(*(const uint4*)(s.gate_up + INNER + at * 8), up);
+#pragma unroll
+      for (int j = 0; j < 2; j++)
+        unpack(values_of_words(pieces[j * 2], pieces[j * 2 + 1]), j ? up : gate);
 #pragma unroll
       for (int j = 0; j < 8; j++) product[j] = silu_of(gate[j], up[j]);
     }
+    __syncwarp();
     const uint4 rounded = pack(product);
 #if ACT == 8
     unpack(rounded, product);
     const QuantizedVector quantized(product, at & 1);
     if (at >= vectors) continue;
-    *(uint2*)((u8*)s.inner + at * 8) = quantized.words;
-    if (at % (ACT_GROUP / 8) == 0) s.inner_meta[at / (ACT_GROUP / 8)] = quantized.meta;
+    store_pairs(s.inner + at, quantized.words.x, quantized.words.y, stamp);
+    if (at % (ACT_GROUP / 8) == 0)
+      store_pairs(s.inner + VALUES_OF(INNER) + at / (ACT_GROUP / 8), quantized.meta.x,
+                  quantized.meta.y, stamp);
 #else
-    if (at < vectors) *(uint4*)(s.inner + at * 8) = rounded;
+    if (at >= vectors) continue;
+    store_words(s.inner + at * 2, rounded.x, rounded.y, stamp);
+    store_words(s.inner + at * 2 + 1, rounded.z, rounded.w, stamp);
 #endif
   }
 }
@@ -420,25 +616,38 @@ DEVICE float bias_of(const Step& s, const u8* bias, int row) {
   return s.bias_is_float ? ((const float*)bias)[row] : bf16_to_float(((const u16*)bias)[row]);
 }
 
-DEVICE void multiply(const Step& s, const LayerTable& layer, int linear, const Input& input, Ring& ring,
-                     u32 sums, const Lane& l) {
-  const int team = threadIdx.x / (32 * RANGES), mate = threadIdx.x % (32 * RANGES);
-  const int2 tiles = tiles_of(linear, ring.range);
-  const bool is_added = linear == ATTENTION_OUT || linear == MLP_OUT;
+DEVICE void multiply(const Step& s, int at_layer, int linear, const Input& input, Ring& ring, u32 sums,
+                     u32 stamp) {
+  const Lane l = my_lane();
+  const Own own;
+  const int team = this_thread() / (32 * RANGES), mate = this_thread() % (32 * RANGES);
+  const int2 tiles = tiles_of(linear, own.range);
+  const u8* const bias = s.layers[at_layer].bias[linear];
+  u32* const out = linear == ATTENTION_IN    ? s.qkv
+                   : linear == ATTENTION_OUT ? s.after_attention
+                   : linear == MLP_IN        ? s.gate_up
+                                             : s.after_mlp;
+  // what the sums are added to; a row is always of the same team, which has written it itself
+  const u32* const residual = linear == MLP_OUT ? s.after_attention
+                              : linear == ATTENTION_OUT && at_layer ? s.after_mlp
+                                                                    : nullptr;
   Activations start;
   start.row[0] = input.row + l.lane / 8 * 16 + tiles.x * X_TILE;
   start.meta = input.meta + tiles.x * META_TILE;
   int round = 0;
-  for (int panel = ring.team; panel < panels_of(linear); panel += ring.stride) {
+  for (int panel = own.team; panel < panels_of(linear); panel += Own::stride()) {
     const int row = panel * TILE_ROWS + mate;  // that this thread finishes, if it is one of the first
     float before = 0.f;
-    if (is_added && mate < TILE_ROWS) before = bf16_to_float(s.x[row]);
+    if (mate < TILE_ROWS) {
+      if (residual) before = __uint_as_float(load_stamped(residual + row) & 0xFFFF0000u);
+      else if (linear == ATTENTION_OUT) before = bf16_to_float(s.x[row]);
+    }
     Accumulators acc = {};
     Activations x = start;
 #pragma unroll 1
     for (int left = tiles.y; left > 0; left -= SLOT_TILES) {
-      ring.wait();
-      const u32 base = ring.slots + ring.slot * SLOT_BYTES, rest = base + SLOT_TILES * BASE_BYTES;
+      ring.wait(own);
+      const u32 base = own.slots + ring.slot * SLOT_BYTES, rest = base + SLOT_TILES * BASE_BYTES;
       const Stream none[1] = {};
       if (left >= SLOT_TILES) {  // without a branch between tiles, whose latencies overlap
         Weights w[SLOT_TILES][1];
@@ -461,85 +670,89 @@ DEVICE void multiply(const Step& s, const LayerTable& layer, int linear, const I
           x.meta += META_TILE;
         }
       }
-      ring.advance(s);
+      ring.advance(s, own);
     }
     const u32 to = sums + (team * 2 + round) * RANGES * SUM_BYTES;
-    leave_sums(to + ring.range * SUM_BYTES, acc, l);
+    leave_sums(to + own.range * SUM_BYTES, acc, l);
     meet_at<32 * RANGES>(1 + team);
     if (mate < TILE_ROWS) {
       float sum = load_shared(to + mate * 4);
 #pragma unroll
       for (int range = 1; range < RANGES; range++) sum += load_shared(to + range * SUM_BYTES + mate * 4);
-      const u16 rounded = float_to_bf16(sum + bias_of(s, layer.bias[linear], row));
-      if (is_added) s.x[row] = float_to_bf16(__fadd_rn(before, bf16_to_float(rounded)));
-      else (linear == ATTENTION_IN ? s.qkv : s.gate_up)[row] = rounded;
+      u32 rounded = float_to_bf16(sum + bias_of(s, bias, row));
+      if (linear == ATTENTION_OUT || linear == MLP_OUT)
+        rounded = float_to_bf16(__fadd_rn(before, bf16_to_float(rounded)));
+      if (linear == MLP_OUT && at_layer == NUM_LAYERS - 1) s.x[row] = rounded;
+      else store_stamped(out + row, rounded << 16 | stamp);
     }
     round ^= 1;
   }
 }
 
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) layers(const __grid_constant__ Step s) {
-  extern __shared__ __align__(128) u8 shared[];
   __shared__ float row_sums[2 * ALL_WARPS];
   __shared__ Places places;
-  const Lane l = my_lane();
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same in all lanes
+  __shared__ volatile u32 last_stamp;  // of the pass before
   const u32 rings = smem_address(shared), barriers = rings + RING_BYTES;
   const u32 sums = barriers + ALL_WARPS * SLOTS * 8, room = sums + SUMS_BYTES;
-  Shared& lanes = *(Shared*)(shared + (room - rings) + threadIdx.x / THREADS * sizeof(Shared));
+  LaneRoom& lane_room = *(LaneRoom*)(shared + (room - rings) + ROW_BYTES +
+                                     (TEAMS - 1 - threadIdx.x / THREADS) * sizeof(LaneRoom));
 
   Ring ring;
-  ring.slots = rings + warp * SLOTS * SLOT_BYTES;
-  ring.barriers = barriers + warp * SLOTS * 8;
-  ring.range = warp % RANGES;
-  ring.team = warp / RANGES * gridDim.x + blockIdx.x;
-  ring.stride = TEAMS * gridDim.x;
-  ring.layer = ring.linear = ring.slot = ring.parity = 0;
-  ring.policy = evict_first_policy();
-  if (l.lane < SLOTS) barrier_init(ring.barriers + l.lane * 8, 1);
-  publish_barriers();
-  __syncwarp();
-  ring.find_tiles(s);
-  for (int slot = 0; slot < SLOTS; slot++) ring.fetch(s, slot);
+  ring.slot = ring.parity = 0;
+  {
+    const Own own;
+    own.feed->layer = own.feed->linear = 0;
+    if (this_thread() % 32 < SLOTS) barrier_init(own.barriers + this_thread() % 32 * 8, 1);
+    publish_barriers();
+    __syncwarp();
+    ring.find_tiles(s, own);
+    for (int slot = 0; slot < SLOTS; slot++) ring.fetch(s, own, slot);
+  }
   wait_for_earlier_kernels();
   places.read(s);
+  if (first_lane() < NUM_KV * LANES)
+    for (int n = threadIdx.x % THREADS; n < QUERIES * PITCH / 2; n += THREADS)
+      ((u32*)lane_room.shared.queries)[n] = 0;
 
-  int meetings = 0;
-  const auto meet = [&]() {  // all blocks
-    arrive_at_meeting(s.meetings);
-    meetings++;
-    if (threadIdx.x == 0) await_meeting(s.meetings, meetings);
-    __syncthreads();
-  };
+  if (threadIdx.x == 0) last_stamp = *s.counts;
+  __syncthreads();
+  begin_lane(s, s.layers[0], places, lane_room);
+#pragma unroll 1
   for (int i = 0; i < NUM_LAYERS; i++) {
     const LayerTable& layer = s.layers[i];
+    const u32 stamp = (last_stamp + i + 1) & 0xFFFF;
 #pragma unroll 1
     for (int linear = 0; linear < LINEARS; linear++) {
       const Input input(room, columns_of(linear));
+      // a block that has no panel does not wait for the row either: nobody would wait for the block
+      const bool has_panels = blockIdx.x < panels_of(linear);
       if (linear == ATTENTION_OUT) {
-        arrive_at_meeting(s.meetings);
-        attend(s, layer, places, lanes, ++meetings);
-        meet();
-        merge_lanes(s);
-        meet();
-        input.copy(s.attended, s.attended_meta, QUERY);
+        attend(s, layer, places, lane_room, stamp);
+        if (i + 1 < NUM_LAYERS) begin_lane(s, s.layers[i + 1], places, lane_room);
+        merge_lanes(s, stamp);
+        const u32* gate = (const u32*)(s.lane_stats + this_thread() / 32 % NUM_HEADS * LANES) + 1;
+        if (has_panels) input.copy<QUERY>(s.attended, gate, stamp);
       } else if (linear == MLP_OUT) {
-        meet();
-        silu_mul(s);
-        meet();
-        input.copy(s.inner, s.inner_meta, INNER);
+        silu_mul(s, stamp);
+        const u32* gate = s.gate_up + this_thread() / 32 * (2 * INNER / ALL_WARPS);
+        if (has_panels) input.copy<INNER>(s.inner, gate, stamp);
       } else {
-        if (i || linear) meet();
-        input.norm(s, layer.norm[linear / 2], row_sums);
-        if (linear == ATTENTION_IN) prefetch(s, i, places);
+        const u32* words = linear == MLP_IN ? s.after_attention : i ? s.after_mlp : nullptr;
+        const u32 wanted = linear == MLP_IN ? stamp : (stamp - 1) & 0xFFFF;
+        if (has_panels) input.norm(s, words, wanted, layer.norm[linear / 2], row_sums);
+        if (linear == ATTENTION_IN) prefetch(s, i);
       }
-      multiply(s, layer, linear, input, ring, sums, l);
+      multiply(s, i, linear, input, ring, sums, stamp);
     }
   }
-  // the last of all blocks leaves the counts as they were
+  // the last of all blocks keeps the stamp
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    if (atomicAdd(s.meetings + 1, 1) == gridDim.x - 1) s.meetings[0] = s.meetings[1] = 0;
+    if (atomicAdd(s.counts + 1, 1) == gridDim.x - 1) {
+      s.counts[0] = last_stamp + NUM_LAYERS;
+      s.counts[1] = 0;
+    }
   }
 }

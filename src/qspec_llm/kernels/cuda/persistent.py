@@ -29,10 +29,11 @@ WARPS, TEAMS = 16, 2  # of a block
 LINEARS = ("qkv", "output", "gate_up", "down")
 WIDEST_NORM = 8192  # columns that one norm of rows.cu reads in a round
 LEAST_SLOTS, MOST_TILES = 3, 6  # of a warp's ring: fewer are slower, more no faster
+STAGES_AND_TILES = ((5, 2), (4, 2), (4, 1), (3, 2), (3, 1))  # the best first
 UNIT = 64  # keys, or values, that a lane of attention takes at a time
 VECTOR_TYPES = {torch.bfloat16, torch.float32}  # of norms' weights and biases
 QUERIES = 16  # that a lane of attention takes at a time
-SMEM, STATIC = 227 << 10, 1 << 9  # bytes a block, and those that the kernel declares itself
+SMEM, STATIC = 227 << 10, 1 << 10  # bytes a block, and those that the kernel declares itself
 MOST_LAYERS = 250  # whose addresses fit into a kernel's parameters
 
 
@@ -76,29 +77,31 @@ def _row_bytes(sizes: Sizes, form: Form) -> int:
     return tiles * (TILE_COLS * form.act // 8 + scales)
 
 
-def _lane_bytes(head_dim: int, stages: int) -> int:
-    """sizeof(Shared) of attention.cuh with a lane to itself."""
+def _lane_bytes(sizes: Sizes, stages: int) -> int:
+    """sizeof(LaneRoom) of persistent.cu."""
+    head_dim = sizes.head_dim
     pitch = 2 * (head_dim + 8)
     ring, result = stages * UNIT * pitch, QUERIES * (head_dim + 4) * 4
-    return QUERIES * (pitch + 8 + (UNIT + 8) * 4) + max(ring, result)
+    fresh = (sizes.heads // sizes.kv_heads + 2) * head_dim * 2
+    return QUERIES * (pitch + 8 + (UNIT + 8) * 4) + max(ring, result) + fresh
 
 
 @cache
 def layout_of(sizes: Sizes, form: Form, multiprocessors: int) -> Layout | None:
     """Shared memory of a block; None: it has no room.
 
-    Weights on their way get what the row and attention, one after the other, leave.
+    The row and the teams' lanes of attention have room of their own; weights on their way get what
+    is left.
     """
     teams = min(TEAMS, math.ceil(sizes.kv_heads * LANES / multiprocessors))
     tile = form.base_bytes + form.rest_bytes
     sums = 2 * TEAMS * TILE_ROWS * 8 * 4
-    for stages in (4, 3):
-        room = max(_row_bytes(sizes, form), teams * _lane_bytes(sizes.head_dim, stages))
-        for slot_tiles in (2, 1):
-            slot = WARPS * (slot_tiles * tile + 8)
-            slots = min((SMEM - STATIC - sums - room) // slot, MOST_TILES // slot_tiles)
-            if slots >= LEAST_SLOTS:
-                return Layout(stages, slots, slot_tiles, slots * slot + sums + room)
+    for stages, slot_tiles in STAGES_AND_TILES:
+        room = _row_bytes(sizes, form) + teams * _lane_bytes(sizes, stages)
+        slot = WARPS * (slot_tiles * tile + 8)
+        slots = min((SMEM - STATIC - sums - room) // slot, MOST_TILES // slot_tiles)
+        if slots >= LEAST_SLOTS:
+            return Layout(stages, slots, slot_tiles, slots * slot + sums + room)
     return None
 
 
@@ -116,8 +119,8 @@ class _Layer(ctypes.Structure):
 
 
 POINTERS = (
-    "x", "qkv", "attended", "attended_meta", "gate_up", "inner", "inner_meta", "lanes",
-    "lane_stats", "meetings", "cosines", "sines", "positions", "slots", "cu_rows", "contexts",
+    "x", "after_attention", "after_mlp", "qkv", "gate_up", "attended", "inner", "lanes",
+    "lane_stats", "counts", "cosines", "sines", "positions", "slots", "cu_rows", "contexts",
     "tables",
 )  # fmt: skip
 COUNTS = ("table_stride", "table_size", "bias_is_float")
@@ -137,10 +140,10 @@ def _step_type(num_layers: int) -> Any:
 
 
 class Persistent:
-    """The layers of one decoder, as one kernel, and the memory that its blocks exchange rows in."""
+    """The layers of one decoder, as one kernel, and what its blocks hand to each other."""
 
     def __init__(self, decoder: Any) -> None:
-        """Room for a row; `decoder` is one that `takes`."""
+        """The layers of a decoder that `takes`."""
         config = decoder.config
         self._decoder = decoder
         self._spec = _spec_of(decoder.layers[0].qkv)  # the others' form is the same
@@ -151,23 +154,7 @@ class Persistent:
             config.num_kv_heads,
             config.head_dim,
         )
-        device = decoder.final_norm.device
-        heads, width, inner = config.num_heads, config.query_size, config.intermediate_size
-
-        def room(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        self._rooms = {
-            "qkv": room(width + 2 * config.kv_size),
-            "attended": room(width),
-            "attended_meta": room(width // 32, 2, dtype=torch.int32),
-            "gate_up": room(2 * inner),
-            "inner": room(inner),
-            "inner_meta": room(inner // 32, 2, dtype=torch.int32),
-            "lanes": room(heads, LANES, config.head_dim, dtype=torch.float32),
-            "lane_stats": room(heads, LANES, 2, dtype=torch.float32),
-            "meetings": room(2, dtype=torch.int32),
-        }
+        self._rooms = {activation: self._room(activation) for activation in Activation}
         first = [getattr(decoder.layers[0], name) for name in LINEARS]
         biases = [bias for one in first for _, bias in one.parts if bias is not None]
         self._bias_is_float = any(bias.dtype is torch.float32 for bias in biases)
@@ -217,7 +204,7 @@ class Persistent:
         step = _step_type(len(decoder.layers))(
             layers=self._layers(kv),
             x=x.data_ptr(),
-            **{name: tensor.data_ptr() for name, tensor in self._rooms.items()},
+            **{name: tensor.data_ptr() for name, tensor in self._rooms[view.activation].items()},
             cosines=decoder.cos.data_ptr(),
             sines=decoder.sin.data_ptr(),
             positions=rows.positions.data_ptr(),
@@ -252,6 +239,35 @@ class Persistent:
         )
         grid = (num_multiprocessors(x.device.index),)
         function.launch(grid, 32 * WARPS, [step], smem=laid.smem, cooperative=True)
+
+    def _room(self, activation: Activation) -> dict[str, Tensor]:
+        """What blocks hand to each other (persistent.cu's Step), zeros at first.
+
+        Stamps are counted in it, and every pass writes all of it: so passes over other activations,
+        which are laid out in another way, have their own.
+        """
+        sizes, device = self._sizes, self._decoder.final_norm.device
+        query = sizes.heads * sizes.head_dim
+
+        def room(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int32, device=device)
+
+        def pieces(columns: int) -> Tensor:
+            if activation is Activation.A16:
+                return room(columns)
+            return room(columns // 8 + columns // activation_group(sizes.hidden, activation), 4)
+
+        return {
+            "after_attention": room(sizes.hidden),
+            "after_mlp": room(sizes.hidden),
+            "qkv": room(query + 2 * sizes.kv_heads * sizes.head_dim),
+            "gate_up": room(2 * sizes.inner),
+            "attended": pieces(query),
+            "inner": pieces(sizes.inner),
+            "lanes": room(sizes.heads, LANES, sizes.head_dim, 2),
+            "lane_stats": room(sizes.heads, LANES, 4),
+            "counts": room(2),
+        }
 
     def _form(self, view: View) -> Form:
         """How the view reads the linears, which all have one form."""

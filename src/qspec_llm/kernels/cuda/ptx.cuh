@@ -115,17 +115,6 @@ DEVICE void prefetch_line(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 }
 
-// A count that others of the GPU wait for: what was written before it is visible to who has read it.
-DEVICE void count_up(u32* count) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(1) : "memory");
-}
-
-DEVICE u32 read_count(const u32* count) {
-  u32 found;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
-  return found;
-}
-
 // Waits for as many threads of the block, by one of its 16 barriers.
 template <int THREADS_THAT_MEET>
 DEVICE void meet_at(int barrier) {

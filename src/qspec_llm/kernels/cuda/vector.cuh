@@ -38,13 +38,19 @@ struct QuantizedVector {
     for (int step = 1; step < QUANT_GROUP / 8; step <<= 1)
       top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
     const Scale scale(top);
-    u32 codes[2] = {0, 0};
+    u32 bits[8], codes[2];
+#pragma unroll
+    for (int i = 0; i < 8; i++) bits[i] = scale.usual_code(x[i]);
+    if (!scale.is_usual) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) bits[i] = scale.code(x[i]);
+    }
     int sum = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int code = scale.code(x[i]);
-      codes[i / 4] |= (u32)(code & 255) << (i % 4 * 8);
-      sum += code;
+    for (int i = 0; i < 2; i++) {
+      codes[i] = permute(permute(bits[4 * i], bits[4 * i + 1], 0x0040),
+                         permute(bits[4 * i + 2], bits[4 * i + 3], 0x0040), 0x5410);
+      sum = __dp4a((int)codes[i], 0x01010101, sum);
     }
 #pragma unroll
     for (int step = 1; step < QUANT_GROUP / 8; step <<= 1) sum += __shfl_xor_sync(~0u, sum, step);
