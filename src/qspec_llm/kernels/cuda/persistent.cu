@@ -38,207 +38,12 @@
 #define ROTATE 1
 #define MT 1
 #define MOST_QUERIES (NUM_HEADS / NUM_KV)  // one row's
-#define AT_A_TIME 1
+#define AT_A_TIME 1                        // for fewer registers
 
-#include "attention.cuh"
-#include "product.cuh"
+#include "layers.cuh"
+#include "ring.cuh"
 #include "stamped.cuh"
 #include "vector.cuh"
-
-#define ALL_WARPS 16
-#define ALL_THREADS (32 * ALL_WARPS)
-#define TEAMS 2        // of a block
-#ifndef MOST_PIECES
-#define MOST_PIECES 2  // that a thread asks for at a time
-#endif
-#define QUERY (NUM_HEADS * HEAD)
-#define QKV (QUERY + 2 * NUM_KV * HEAD)
-#define SLOT_BYTES (SLOT_TILES * (BASE_BYTES + REST_BYTES))
-#define RING_BYTES (ALL_WARPS * SLOTS * SLOT_BYTES)
-#define ROW_BYTES (COUNT_OF(WIDEST) * (X_TILE + META_TILE))  // of a linear's input
-#define SUMS_BYTES (2 * TEAMS * RANGES * SUM_BYTES)  // two buffers for each team
-#define COUNT_OF(columns) (((columns) + TILE_COLS - 1) / TILE_COLS)
-#define WIDER(a, b) ((a) > (b) ? (a) : (b))
-#define WIDEST WIDER(WIDER(HIDDEN, QUERY), INNER)
-#define LINE 128  // bytes of a line of the L2
-
-// A row as pieces: pairs of 4 codes, then {scale, sum} of every group; or words.
-#if ACT == 8
-#define VALUES_OF(columns) ((columns) / 8)
-#define PIECES_OF(columns) (VALUES_OF(columns) + (columns) / ACT_GROUP)
-#else
-#define VALUES_OF(columns) ((columns) / 4)
-#define PIECES_OF(columns) VALUES_OF(columns)
-#endif
-
-enum { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, LINEARS };
-
-struct LayerTable {
-  const u8* base[LINEARS];  // [row tiles][column tiles][BASE_BYTES]
-  const u8* rest[LINEARS];
-  const u8* bias[LINEARS];  // or null
-  const void* norm[2];
-  u16 *key_cache, *value_cache;
-};
-
-struct Step {
-  LayerTable layers[NUM_LAYERS];
-  u16* x;  // [HIDDEN], the residual stream before and after
-  // what blocks hand to each other (stamped.cuh)
-  u32 *after_attention, *after_mlp;  // [HIDDEN] words, the residual stream
-  u32* qkv;                          // [QKV] words
-  u32* gate_up;                      // [2 INNER] words
-  uint4 *attended, *inner;           // pieces of a row (PIECES_OF)
-  uint2* lanes;                      // [heads][LANES][HEAD] pairs, of attention
-  uint4* lane_stats;                 // [heads][LANES] pairs of {top, sum}
-  u32* counts;                       // {the last stamp, blocks that are done}
-  const float *cosines, *sines;
-  const i64 *positions, *slots, *cu_rows, *contexts, *tables;
-  int table_stride, table_size;
-  int bias_is_float;
-  float eps, scale;
-};
-
-// This thread and block, read anew: what a stage computes from them does not stay in registers while linears
-// are multiplied, which want them all.
-DEVICE int this_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
-DEVICE int this_block() {
-  int block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  return block;
-}
-
-DEVICE int columns_of(int linear) {
-  return linear == ATTENTION_OUT ? QUERY : linear == MLP_OUT ? INNER : HIDDEN;
-}
-
-DEVICE int panels_of(int linear) {
-  const int rows = linear == ATTENTION_IN ? QKV : linear == MLP_IN ? 2 * INNER : HIDDEN;
-  return rows / TILE_ROWS;
-}
-
-// A range's tiles of columns: the first, and how many.
-DEVICE int2 tiles_of(int linear, int range) {
-  const int tiles = COUNT_OF(columns_of(linear)), first = tiles * range / RANGES;
-  return make_int2(first, tiles * (range + 1) / RANGES - first);
-}
-
-// ---- weights -------------------------------------------------------------------------------------
-
-// How a warp's copies go on, in shared memory: needed once a panel.
-struct Feed {
-  int panels;  // from the one that is copied to the end, of which every stride-th is this warp's
-  int count;   // tiles of each
-  int jump;    // tiles from the end of one to the beginning of the next
-  int layer, linear;
-};
-
-extern __shared__ __align__(128) u8 shared[];
-__shared__ Feed feeds[ALL_WARPS];
-
-// A value that all lanes hold, in a way that says so.
-DEVICE int same(int value) { return __shfl_sync(~0u, value, 0); }
-
-// What follows from which warp this is.
-struct Own {
-  int range, team;        // of the columns, of all teams of the GPU
-  u32 slots, barriers;    // shared addresses of its ring
-  Feed* feed;
-
-  DEVICE Own() {
-    const int warp = same(this_thread() / 32);
-    range = warp % RANGES, team = warp / RANGES * gridDim.x + this_block();
-    slots = smem_address(shared) + warp * (SLOTS * SLOT_BYTES);
-    barriers = smem_address(shared) + RING_BYTES + warp * (SLOTS * 8);
-    feed = &feeds[warp];
-  }
-
-  DEVICE static int stride() { return TEAMS * gridDim.x; }
-};
-
-// The weights of a warp's range, of all its panels, linears and layers, one after the other.
-struct Ring {
-  const u8 *base, *rest;  // the next tile to copy
-  int left;               // tiles of its panel
-  int slot;               // the next one to read
-  u32 parity;
-
-  // The next linear of which this warp has tiles.
-  DEVICE void find_tiles(const Step& s, const Own& own) {
-    int layer = same(own.feed->layer), linear = same(own.feed->linear);
-    left = 0;
-    while (layer < NUM_LAYERS && left == 0) {
-      const int2 tiles = tiles_of(linear, own.range);
-      const int columns = COUNT_OF(columns_of(linear)), panels = panels_of(linear) - own.team;
-      if (panels > 0 && tiles.y) {
-        const size_t at = (size_t)own.team * columns + tiles.x;
-        base = s.layers[layer].base[linear] + at * BASE_BYTES;
-        rest = s.layers[layer].rest[linear] + at * REST_BYTES;
-        left = tiles.y;
-        own.feed->panels = panels, own.feed->count = left;
-        own.feed->jump = Own::stride() * columns - left;
-      }
-      if (++linear == LINEARS) linear = 0, layer++;
-    }
-    own.feed->layer = layer, own.feed->linear = linear;
-    __syncwarp();
-  }
-
-  DEVICE void fetch(const Step& s, const Own& own, int to) {
-    if (left == 0) return;
-    const int n = min(SLOT_TILES, left);
-    const u32 at = own.slots + to * SLOT_BYTES;
-    bulk_load_by_warp(at, base, n * BASE_BYTES, at + SLOT_TILES * BASE_BYTES, rest, n * REST_BYTES,
-                      own.barriers + to * 8, evict_first_policy());
-    base += n * BASE_BYTES, rest += n * REST_BYTES;
-    left -= n;
-    if (left) return;
-    const int panels = same(own.feed->panels) - Own::stride();
-    if (panels > 0) {
-      const int jump = same(own.feed->jump);
-      base += (size_t)jump * BASE_BYTES, rest += (size_t)jump * REST_BYTES;
-      left = same(own.feed->count);
-      own.feed->panels = panels;
-      __syncwarp();
-    } else {
-      find_tiles(s, own);
-    }
-  }
-
-  DEVICE void wait(const Own& own) const { barrier_wait(own.barriers + slot * 8, parity); }
-
-  // The slot has been read: fetches into it, and goes on to the next.
-  DEVICE void advance(const Step& s, const Own& own) {
-    __syncwarp();
-    fetch(s, own, slot);
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
-  }
-};
-
-// A tile out of shared memory.
-DEVICE void take_tile(Weights& w, u32 base, u32 rest, const Lane& l) {
-  const u32 at = base + l.lane * 16;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    w.q4[h] = load_shared4(at + nibbles_at(h));
-#if BITS != 4
-    w.r4[h] = load_shared4(rest + l.lane * 16 + nibbles_at(h));
-#endif
-#if BITS == 16
-    w.r8[h][0] = load_shared4(rest + l.lane * 16 + bytes_at(h, 0));
-    w.r8[h][1] = load_shared4(rest + l.lane * 16 + bytes_at(h, 1));
-#endif
-  }
-  w.scales = base + scale_at(0, l.g, 0);
-#if OFFSET
-  w.offsets = base + scale_at(0, l.g, 1);
-#endif
-}
 
 // ---- x of a linear in shared memory ---------------------------------------------------------------
 
@@ -347,18 +152,12 @@ struct Input {
     }
 #pragma unroll
     for (int i = 0; i < rounds; i++) {
-      float sum = 0.f;
-#pragma unroll
-      for (int j = 0; j < 8; j++) sum = __fadd_rn(sum, __fmul_rn(values[i][j], values[i][j]));
-#pragma unroll
-      for (int step = 16; step; step >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
+      const float sum = sum_of_warp(add_squares(0.f, values[i]));
       if (lane == 0) row_sums[warp + i * ALL_WARPS] = sum;
     }
     __syncthreads();
-    float sum = lane < warps ? row_sums[lane] : 0.f;
-#pragma unroll
-    for (int step = 16; step; step >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
-    const float factor = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(sum, (float)HIDDEN), s.eps)));
+    const float sum = sum_of_warp(lane < warps ? row_sums[lane] : 0.f);
+    const float factor = factor_of(sum, HIDDEN, s.eps);
 #pragma unroll
     for (int i = 0; i < rounds; i++) {
       const int at = (warp + i * ALL_WARPS) * 32 + lane;

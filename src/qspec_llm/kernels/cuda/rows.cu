@@ -68,20 +68,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int i = 0; i < 8; i++) values[round][i] = 0.f;
     }
-#pragma unroll
-    for (int i = 0; i < 8; i++) sum = __fadd_rn(sum, __fmul_rn(values[round][i], values[round][i]));
+    sum = add_squares(sum, values[round]);
   }
-#pragma unroll
-  for (int step = 16; step; step >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
+  sum = sum_of_warp(sum);
 #if THREADS > 32
   __shared__ float sums[THREADS / 32];
   if (thread % 32 == 0) sums[thread / 32] = sum;
   __syncthreads();
-  sum = thread % 32 < THREADS / 32 ? sums[thread % 32] : 0.f;
-#pragma unroll
-  for (int step = 16; step; step >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
+  sum = sum_of_warp(thread % 32 < THREADS / 32 ? sums[thread % 32] : 0.f);
 #endif
-  const float factor = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(sum, (float)WIDTH), eps)));
+  const float factor = factor_of(sum, WIDTH, eps);
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
     const int at = round * THREADS + thread;

@@ -1,4 +1,5 @@
-// Vectors of 8 columns of a row, as bf16 in 16 bytes or in registers, and their quantisation.
+// Vectors of 8 columns of a row, as bf16 in 16 bytes or in registers: their quantisation, and what RMSNorm and
+// SwiGLU compute of them.
 //
 // Defines wanted: QUANT_GROUP 0 (a result stays bf16), 32 or 64: columns that share a scale; TOP
 // (quantize.cuh).
@@ -62,6 +63,25 @@ struct QuantizedVector {
   }
 };
 #endif
+
+// The squares of a vector added to a sum, in the order of its columns.
+DEVICE float add_squares(float sum, const float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) sum = __fadd_rn(sum, __fmul_rn(x[i], x[i]));
+  return sum;
+}
+
+// The sum over a warp's lanes, the same in each.
+DEVICE float sum_of_warp(float sum) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, step));
+  return sum;
+}
+
+// What RMSNorm multiplies a row with, from the sum of its squares.
+DEVICE float factor_of(float sum, int width, float eps) {
+  return __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(sum, (float)width), eps)));
+}
 
 // silu(gate) * up, to 2 ulp.
 DEVICE float silu_of(float gate, float up) {

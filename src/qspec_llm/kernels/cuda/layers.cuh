@@ -1,0 +1,86 @@
+// What the kernel of all layers (persistent.cu) is given, and which of its warps does what.
+
+#pragma once
+#include "attention.cuh"
+#include "product.cuh"
+
+#define ALL_WARPS 16
+#define ALL_THREADS (32 * ALL_WARPS)
+#define TEAMS 2        // of a block
+#define MOST_PIECES 2  // that a thread asks for at a time
+#define QUERY (NUM_HEADS * HEAD)
+#define QKV (QUERY + 2 * NUM_KV * HEAD)
+#define SLOT_BYTES (SLOT_TILES * (BASE_BYTES + REST_BYTES))
+#define RING_BYTES (ALL_WARPS * SLOTS * SLOT_BYTES)
+#define ROW_BYTES (COUNT_OF(WIDEST) * (X_TILE + META_TILE))  // of a linear's input
+#define SUMS_BYTES (2 * TEAMS * RANGES * SUM_BYTES)          // two buffers for each team
+#define COUNT_OF(columns) (((columns) + TILE_COLS - 1) / TILE_COLS)
+#define WIDER(a, b) ((a) > (b) ? (a) : (b))
+#define WIDEST WIDER(WIDER(HIDDEN, QUERY), INNER)
+#define LINE 128  // bytes of a line of the L2
+
+// A row as pieces: pairs of 4 codes, then {scale, sum} of every group; or words.
+#if ACT == 8
+#define VALUES_OF(columns) ((columns) / 8)
+#define PIECES_OF(columns) (VALUES_OF(columns) + (columns) / ACT_GROUP)
+#else
+#define VALUES_OF(columns) ((columns) / 4)
+#define PIECES_OF(columns) VALUES_OF(columns)
+#endif
+
+enum { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, LINEARS };
+
+struct LayerTable {
+  const u8* base[LINEARS];  // [row tiles][column tiles][BASE_BYTES]
+  const u8* rest[LINEARS];
+  const u8* bias[LINEARS];  // or null
+  const void* norm[2];
+  u16 *key_cache, *value_cache;
+};
+
+struct Step {
+  LayerTable layers[NUM_LAYERS];
+  u16* x;  // [HIDDEN], the residual stream before and after
+  // what blocks hand to each other (stamped.cuh)
+  u32 *after_attention, *after_mlp;  // [HIDDEN] words, the residual stream
+  u32* qkv;                          // [QKV] words
+  u32* gate_up;                      // [2 INNER] words
+  uint4 *attended, *inner;           // pieces of a row (PIECES_OF)
+  uint2* lanes;                      // [heads][LANES][HEAD] pairs, of attention
+  uint4* lane_stats;                 // [heads][LANES] pairs of {top, sum}
+  u32* counts;                       // {the last stamp, blocks that are done}
+  const float *cosines, *sines;
+  const i64 *positions, *slots, *cu_rows, *contexts, *tables;
+  int table_stride, table_size;
+  int bias_is_float;
+  float eps, scale;
+};
+
+// This thread and block, read anew: what a stage computes from them does not stay in registers while linears
+// are multiplied, which want them all.
+DEVICE int this_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+DEVICE int this_block() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
+DEVICE int columns_of(int linear) {
+  return linear == ATTENTION_OUT ? QUERY : linear == MLP_OUT ? INNER : HIDDEN;
+}
+
+DEVICE int panels_of(int linear) {
+  const int rows = linear == ATTENTION_IN ? QKV : linear == MLP_IN ? 2 * INNER : HIDDEN;
+  return rows / TILE_ROWS;
+}
+
+// A range's tiles of columns: the first, and how many.
+DEVICE int2 tiles_of(int linear, int range) {
+  const int tiles = COUNT_OF(columns_of(linear)), first = tiles * range / RANGES;
+  return make_int2(first, tiles * (range + 1) / RANGES - first);
+}
