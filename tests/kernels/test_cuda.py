@@ -124,15 +124,13 @@ def test_every_kernel_compiles(arch: str, compiled: Compile, tmp_path: Path) -> 
         stored = None if name is None else random_stored(name, 32, 128, 64)
         spec = stored.spec if isinstance(stored, Planes) else None
         shape = form_of(spec, view, 64)
-        cluster = token_tiles if arch in direct.MULTICASTS else 1
-        more = {
-            "NT": token_tiles, "RT": 1, "DEPTH": 2, "LEAD": 1, "BLOCKS": 1, "CLUSTER": cluster
-        }  # fmt: skip
+        more = {"NT": token_tiles, "RT": 1, "DEPTH": 2, "LEAD": 1, "BLOCKS": 1}
         macros = {**shape.defines(), **more}
-        assert compiled("direct.cu", arch, macros)
+        for cluster in (1, 2) if arch in direct.MULTICASTS else (1,):
+            assert compiled("direct.cu", arch, {**macros, "CLUSTER": cluster})
         if view == VERIFY:
             assert compiled("weights.cu", arch, macros)
-    assert len(list(tmp_path.iterdir())) == 10
+    assert len(list(tmp_path.iterdir())) == (16 if arch in direct.MULTICASTS else 10)
     with refused("direct.cu", "error"):
         compiled("direct.cu", arch, {"ACT": 8})
 

@@ -50,13 +50,18 @@ FORMS_READ = {
 
 
 def decoder_of(
-    form: str, shape: tuple[int, int, int, int, int], family: str = "llama", group: int = 32
+    form: str,
+    shape: tuple[int, int, int, int, int],
+    family: str = "llama",
+    group: int = 32,
+    num_layers: int = 2,
 ) -> Decoder:
     """A tiny decoder whose linears have random weights of one form, which the kernel takes."""
     heads, kv_heads, head_dim, hidden, inner = shape
     decoder = tiny_decoder(
         Target.INT4, backend="cuda", family=family, num_heads=heads, num_kv_heads=kv_heads,
         head_dim=head_dim, hidden_size=hidden, intermediate_size=inner, context_length=8192,
+        num_layers=num_layers,
     )  # fmt: skip
 
     def other(linear: Linear) -> Linear:
@@ -176,6 +181,60 @@ def test_more_lanes_of_attention_than_blocks_and_than_teams(
     shape: tuple[int, int, int, int, int],
 ) -> None:
     assert_same_as_many(decoder_of("affine4", shape), 300, "a8")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("heads", [(5, 1), (12, 2), (7, 1), (12, 1), (14, 1), (16, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_query_heads_that_share_a_key(heads: tuple[int, int], head_dim: int) -> None:
+    shape = (*heads, head_dim, 256, 512)
+    assert_same_as_many(decoder_of("affine4", shape), 300, "a8")
+    assert_same_as_many(decoder_of("affine4", shape), 300, "verify")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("num_layers", [1, 30])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1]])
+def test_one_layer_and_many(shape: tuple[int, int, int, int, int], num_layers: int) -> None:
+    decoder = decoder_of("affine4", shape, num_layers=num_layers)
+    rows, kv = row_at(300, decoder)
+    expected = forward(kernel_by_kernel(decoder), rows, kv, "a8")
+    for _ in range(100):
+        assert_same_bits(forward(decoder, rows, kv, "a8"), expected)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("start", [65526, -7])
+def test_stamps_begin_again(start: int) -> None:
+    decoder: Any = decoder_of("affine4", SHAPES[1])
+    rows, kv = row_at(100, decoder)
+    expected = forward(decoder, rows, kv, "a8")
+    decoder._whole_step._persistent._rooms[VIEWS["a8"].activation]["counts"][0] = start
+    for _ in range(10):  # of two stamps each
+        assert_same_bits(forward(decoder, rows, kv, "a8"), expected)
+
+
+@gpu
+@needs_gpu
+def test_views_of_one_activation_take_turns() -> None:
+    decoder = decoder_of("signed8", SHAPES[1])
+    rows, kv = row_at(100, decoder)
+    views = ("verify", "a16")
+    expected = [forward(kernel_by_kernel(decoder), rows, kv, view) for view in views]
+    out = [torch.empty_like(one) for one in expected]
+
+    def both() -> None:
+        for one, view in zip(out, views, strict=True):
+            one.copy_(forward(decoder, rows, kv, view))
+
+    replay = captured(both)
+    for _ in range(20):
+        replay()
+        for one, other in zip(out, expected, strict=True):
+            assert_same_bits(one, other)
 
 
 @gpu
@@ -303,8 +362,25 @@ def test_it_compiles(compiled: Compile) -> None:
         assert laid is not None
         sizes["NORM_FLOAT"] = int(name == "int4")
         top = 0 if form.act == 16 else 7 if name == "draft a4" else 127
-        ring = {"STAGES": laid.stages, "SLOTS": laid.slots, "SLOT_TILES": laid.slot_tiles}
-        macros = {**form.defines(), **sizes, **ring, "TOP": top}
+        macros = {**form.defines(), **sizes, **laid.defines(), "TOP": top}
         cubin = compiled("persistent.cu", "sm_90a", macros)
         # registers that do not fit go to memory, past a cache without room: a step a fifth slower
         assert max(frame_sizes(cubin)) <= 32
+
+
+@pytest.mark.parametrize("ratio", [1, 5, 16])
+def test_both_sides_lay_shared_memory_out_alike(ratio: int, compiled: Compile) -> None:
+    # the kernel asserts it: heads of both sizes, one team with lanes and two, more stages and fewer
+    for head_dim, kv_heads, inner in ((64, 8, 1536), (128, 8, 27648), (64, 20, 2112)):
+        shape = Sizes(2048, inner, kv_heads * ratio, kv_heads, head_dim)
+        laid = layout_of(shape, FORMS_READ["draft a8"], 132)
+        assert laid is not None
+        macros = {
+            "HEAD": head_dim, "NUM_HEADS": shape.heads, "NUM_KV": kv_heads, "BLOCK_SIZE": 16,
+            "HIDDEN": 2048, "INNER": inner, "NUM_LAYERS": 2, "NORM_FLOAT": 0, "UNIT": UNIT,
+            "TOP": 127,
+        }  # fmt: skip
+        macros |= FORMS_READ["draft a8"].defines() | laid.defines()
+        assert compiled("persistent.cu", "sm_90a", macros)
+        with refused("persistent.py lays shared memory out in another way"):
+            compiled("persistent.cu", "sm_90a", macros | {"SMEM": laid.smem + 16})

@@ -23,9 +23,9 @@ from qspec_llm.weights.view import VERIFY, View
 
 __all__ = ["check", "check_packed", "some_planes"]
 
-# Tiles of rows for blocks in pairs, the last of them half a block; columns for a cluster to share.
-ROWS, COLS = 112, 1024
-COUNTS = (1, 16, 24, 40, 72)  # every width of instance, and blocks of them
+# Rows that leave half a block over, and for blocks in pairs; columns for a cluster to share.
+ROWS, COLS = (112, 128), 1024
+COUNTS = (1, 5, 16, 24, 40, 72)  # every width of instance, and blocks of them
 LARGEST_ERROR = 1e-4  # norm-relative, of float32 sums
 LARGEST_ROUNDED = 4e-3  # the same, with weights rounded to bf16
 
@@ -50,17 +50,19 @@ def check(specs: Iterable[PlaneSpec | None], views: Iterable[View]) -> None:
         QSpecError: a kernel computed something else.
     """
     forms = {
-        None if spec is None else replace(spec, num_rows=ROWS, num_cols=COLS) for spec in specs
+        (None if spec is None else replace(spec, num_rows=rows, num_cols=COLS), rows)
+        for spec in specs
+        for rows in ROWS
     }
     device = torch.cuda.current_device()
-    for form in forms:
+    for form, rows in forms:
         for view in {VERIFY, *views}:
-            _check_form(form, view, device)
+            _check_form(form, rows, view, device)
 
 
 @functools.cache
-def _check_form(spec: PlaneSpec | None, view: View, device: int) -> None:
-    stored = some_planes(spec) if spec is not None else _some_dense()
+def _check_form(spec: PlaneSpec | None, rows: int, view: View, device: int) -> None:
+    stored = some_planes(spec) if spec is not None else _some_dense(rows)
     packed = pack(stored, torch.device("cuda", device))
     name = "a dense tensor" if spec is None else f"a {spec.bits}-bit {spec.grid} tensor"
     weight = _weight(stored, view)
@@ -71,14 +73,14 @@ def _check_form(spec: PlaneSpec | None, view: View, device: int) -> None:
             wide = x.float()
             if view.is_draft and spec is not None:
                 wide = reference.round_activations(wide, view.activation)
-            out = torch.full((count, ROWS), torch.nan, device=packed.tensors()[0].device)
+            out = torch.full((count, rows), torch.nan, device=packed.tensors()[0].device)
             linear(x.to(out.device), packed, None, view, _rows(is_prompt), torch.float32, out=out)
             limit = LARGEST_ROUNDED if is_prompt else LARGEST_ERROR
             _compare(
                 out, wide.double() @ weight.t(), limit, f"{name}, {view.activation}, {count} rows"
             )
     if not view.is_draft:
-        tokens = torch.arange(ROWS, device=packed.tensors()[0].device)
+        tokens = torch.arange(rows, device=packed.tensors()[0].device)
         _compare(embed(tokens, packed, torch.float32), weight, 1e-6, f"the look-up in {name}")
 
 
@@ -98,9 +100,9 @@ def _weight(stored: Stored, view: View) -> Tensor:
     return (draft_weight(stored) if view.is_draft else verify_weight(stored)).double()
 
 
-def _some_dense() -> Dense:
+def _some_dense(rows: int) -> Dense:
     generator = torch.Generator().manual_seed(0)
-    return Dense(torch.randn(ROWS, COLS, generator=generator).bfloat16(), "a self-check")
+    return Dense(torch.randn(rows, COLS, generator=generator).bfloat16(), "a self-check")
 
 
 def some_planes(spec: PlaneSpec) -> Planes:

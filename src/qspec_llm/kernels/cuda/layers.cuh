@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.cuh"
 #include "product.cuh"
+#include "stamped.cuh"
 
 #define ALL_WARPS 16
 #define ALL_THREADS (32 * ALL_WARPS)
@@ -27,6 +28,12 @@
 #define VALUES_OF(columns) ((columns) / 4)
 #define PIECES_OF(columns) VALUES_OF(columns)
 #endif
+
+DEVICE uint4 load_piece(const uint4* from) { return ACT == 8 ? load_pairs(from) : load_words(from); }
+
+DEVICE bool is_piece_of(const uint4& v, u32 stamp) {
+  return ACT == 8 ? are_pairs_of(v, stamp) : are_words_of(v, stamp);
+}
 
 enum { ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, LINEARS };
 

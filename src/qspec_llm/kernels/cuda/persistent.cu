@@ -12,8 +12,10 @@
 //   norm, quantise (every block for itself); q, k, v | lanes of attention | merge, quantise |
 //   output, added to x | norm, quantise; gate, up | SwiGLU, quantise | down, added to x |
 //
-// No memory is written anew before all have read it: whoever writes has waited for all of a row, each part of
-// which was written by a block that had waited for all of the row before.
+// No memory is written anew before all have read it. All of a row is waited for by the norms and by what copies the
+// results of attention and SwiGLU, in every block that has panels of the linear that follows; every lane of attention
+// waits for its q, k and v, a merge for its lanes, SwiGLU for its columns; and who writes for the next layer
+// has been through all of these. A block without panels of a linear takes no part in it and does not wait either.
 //
 // Registers are scarce: what does not fit into 128 of them goes to memory, past a first-level cache that has next
 // to no room beside so much shared memory, and made a step a fifth slower.
@@ -23,7 +25,8 @@
 //
 // Compile-time parameters: the weights' form (tile.cuh; one for all linears), ACT and ACT_GROUP
 // (product.cuh), those of attention (attention.cuh), NUM_LAYERS, HIDDEN and INNER columns, NORM_FLOAT: the
-// norms' weights are float32, not bf16, SLOTS and SLOT_TILES of a warp's ring.
+// norms' weights are float32, not bf16, SLOTS and SLOT_TILES of a warp's ring, LANE_TEAMS of a block that have room
+// for a lane of attention, SMEM bytes that a launch asks for.
 
 #define NT 1
 #define RT 1
@@ -87,7 +90,7 @@ struct Input {
 #pragma unroll
         for (int i = 0; i < batch; i++)
           if (first + i * ALL_THREADS < all)
-            are_there &= ACT == 8 ? are_pairs_of(pieces[i], stamp) : are_words_of(pieces[i], stamp);
+            are_there &= is_piece_of(pieces[i], stamp);
         return are_there;
       });
 #pragma unroll
@@ -133,7 +136,7 @@ struct Input {
           const int at = (warp + i * ALL_WARPS) * 32 + lane;
 #pragma unroll
           for (int j = 0; j < 2; j++)
-            if (at < vectors) pieces[i][j] = load_piece(words + at * 8 + j * 4);
+            if (at < vectors) pieces[i][j] = load_words(words + at * 8 + j * 4);
         }
 #pragma unroll
         for (int i = 0; i < rounds; i++) {
@@ -246,7 +249,7 @@ DEVICE void take_fresh(const Step& s, u16* fresh, int kv_head, int thread, u32 s
                              : (NUM_HEADS + kv_head + other / pieces * NUM_KV) * pieces + other % pieces;
     uint4 piece;
     look_until_found([&]() {
-      piece = load_piece((const uint4*)s.qkv + at);
+      piece = load_words((const uint4*)s.qkv + at);
       return are_words_of(piece, stamp);
     });
     *(uint2*)(fresh + i * 4) = values_of_words(piece);
@@ -291,7 +294,7 @@ DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places,
     const Attention p = attention_of(s, layer, places, room.fresh, kv_head);
     attend_lanes<false>(room.shared, p, stream, kv_head, 0, thread, 1 + unit, meet_unit, wait_for_rows,
                         finish, i == first_lane());
-    if (!has_left) {  // a row of no sequence; the others wait for its lanes all the same
+    if (!has_left) {  // a row of no sequence: context 0; the others wait for its lanes all the same
       Partial none = {};
       none.tops[0] = none.tops[1] = -INFINITE;
       leave(none, 0, RATIO);
@@ -329,7 +332,7 @@ DEVICE void merge_lanes(const Step& s, u32 stamp) {
     uint2 pairs[LANES][2];
     uint4 stats;
     look_until_found([&]() {
-      stats = load_piece(s.lane_stats + head * LANES + lane % LANES);
+      stats = load_pairs(s.lane_stats + head * LANES + lane % LANES);
 #pragma unroll
       for (int j = 0; j < LANES; j++)
 #pragma unroll
@@ -378,7 +381,7 @@ DEVICE void silu_mul(const Step& s, u32 stamp) {
         bool are_there = true;
 #pragma unroll
         for (int j = 0; j < 4; j++)
-          pieces[j] = load_piece(s.gate_up + j / 2 * INNER + at * 8 + j % 2 * 4);
+          pieces[j] = load_words(s.gate_up + j / 2 * INNER + at * 8 + j % 2 * 4);
 #pragma unroll
         for (int j = 0; j < 4; j++) are_there &= are_words_of(pieces[j], stamp);
         return are_there;
@@ -487,6 +490,10 @@ DEVICE void multiply(const Step& s, int at_layer, int linear, const Input& input
     round ^= 1;
   }
 }
+
+static_assert(RING_BYTES + ALL_WARPS * SLOTS * 8 + SUMS_BYTES + ROW_BYTES +
+                      LANE_TEAMS * sizeof(LaneRoom) == SMEM,
+              "persistent.py lays shared memory out in another way");
 
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) layers(const __grid_constant__ Step s) {
   __shared__ float row_sums[2 * ALL_WARPS];

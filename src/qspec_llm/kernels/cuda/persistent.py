@@ -33,7 +33,8 @@ STAGES_AND_TILES = ((5, 2), (4, 2), (4, 1), (3, 2), (3, 1))  # the best first
 UNIT = 64  # keys, or values, that a lane of attention takes at a time
 VECTOR_TYPES = {torch.bfloat16, torch.float32}  # of norms' weights and biases
 QUERIES = 16  # that a lane of attention takes at a time
-SMEM, STATIC = 227 << 10, 1 << 10  # bytes a block, and those that the kernel declares itself
+# Bytes of shared memory a block, and what the kernel declares itself or the system may keep of them
+SMEM, STATIC = 227 << 10, 2 << 10
 MOST_LAYERS = 250  # whose addresses fit into a kernel's parameters
 
 
@@ -58,15 +59,27 @@ class Layout:
     """How a block uses its shared memory, and what its kernel is compiled for.
 
     Attributes:
-        stages: units of keys or values that a lane of attention keeps.
+        teams: those of a block that have room for a lane of attention.
+        stages: units of keys or values that a lane keeps.
         slots, slot_tiles: of a warp's ring of weights.
         smem: bytes that a launch asks for.
     """
 
+    teams: int
     stages: int
     slots: int
     slot_tiles: int
     smem: int
+
+    def defines(self) -> dict[str, int]:
+        """The kernel's macros."""
+        return {
+            "LANE_TEAMS": self.teams,
+            "STAGES": self.stages,
+            "SLOTS": self.slots,
+            "SLOT_TILES": self.slot_tiles,
+            "SMEM": self.smem,
+        }
 
 
 def _row_bytes(sizes: Sizes, form: Form) -> int:
@@ -101,7 +114,7 @@ def layout_of(sizes: Sizes, form: Form, multiprocessors: int) -> Layout | None:
         slot = WARPS * (slot_tiles * tile + 8)
         slots = min((SMEM - STATIC - sums - room) // slot, MOST_TILES // slot_tiles)
         if slots >= LEAST_SLOTS:
-            return Layout(stages, slots, slot_tiles, slots * slot + sums + room)
+            return Layout(teams, stages, slots, slot_tiles, slots * slot + sums + room)
     return None
 
 
@@ -189,7 +202,8 @@ class Persistent:
 
     def layout(self, rows: Rows, view: View, block_size: int) -> Layout | None:
         """How a pass over these rows is laid out; None: other kernels compute it."""
-        if rows.is_prompt or rows.positions.shape[0] != 1 or block_size % PLACED:
+        is_one = rows.positions.shape[0] == 1 and rows.contexts.shape[0] == 1
+        if rows.is_prompt or not is_one or block_size % PLACED:
             return None
         return layout_of(
             self._sizes, self._form(view), num_multiprocessors(rows.positions.device.index)
@@ -232,10 +246,8 @@ class Persistent:
             NUM_LAYERS=len(decoder.layers),
             NORM_FLOAT=int(decoder.layers[0].input_norm.dtype is torch.float32),
             TOP=0 if form.act == 16 else TOP_OF[view.activation],
-            STAGES=laid.stages,
             UNIT=UNIT,
-            SLOTS=laid.slots,
-            SLOT_TILES=laid.slot_tiles,
+            **laid.defines(),
         )
         grid = (num_multiprocessors(x.device.index),)
         function.launch(grid, 32 * WARPS, [step], smem=laid.smem, cooperative=True)

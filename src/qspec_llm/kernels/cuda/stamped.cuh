@@ -42,7 +42,7 @@ DEVICE void store_words(void* to, u32 first, u32 second, u32 stamp) {
                : "memory");
 }
 
-DEVICE uint4 load_piece(const void* from) {
+DEVICE uint4 load_pairs(const void* from) {
   uint4 v;
   asm volatile(
       "{ .reg .b64 p, q; ld.relaxed.gpu.global.v2.b64 {p, q}, [%4];\n"
@@ -50,6 +50,15 @@ DEVICE uint4 load_piece(const void* from) {
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(from)
       : "memory");
+  return v;
+}
+
+DEVICE uint4 load_words(const void* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
   return v;
 }
 
