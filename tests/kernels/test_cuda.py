@@ -365,7 +365,7 @@ def test_the_self_check_draws_what_the_format_allows() -> None:
 
 
 def linear_spec(form: str) -> PlaneSpec:
-    return PlaneSpec(check.ROWS, check.COLS, group=64, **FORMS[form])
+    return PlaneSpec(check.ROWS[0], check.COLS, group=64, **FORMS[form])
 
 
 @gpu
