@@ -12,13 +12,16 @@
 #define QUERY (NUM_HEADS * HEAD)
 #define QKV (QUERY + 2 * NUM_KV * HEAD)
 #define SLOT_BYTES (SLOT_TILES * (BASE_BYTES + REST_BYTES))
-#define RING_BYTES (ALL_WARPS * SLOTS * SLOT_BYTES)
-#define ROW_BYTES (COUNT_OF(WIDEST) * (X_TILE + META_TILE))  // of a linear's input
-#define SUMS_BYTES (2 * TEAMS * RANGES * SUM_BYTES)          // two buffers for each team
 #define COUNT_OF(columns) (((columns) + TILE_COLS - 1) / TILE_COLS)
 #define WIDER(a, b) ((a) > (b) ? (a) : (b))
 #define WIDEST WIDER(WIDER(HIDDEN, QUERY), INNER)
 #define LINE 128  // bytes of a line of the L2
+
+// Where things lie in shared memory: the rings of weights first, at the end the lanes of attention.
+#define BARRIERS_AT (ALL_WARPS * SLOTS * SLOT_BYTES)
+#define SUMS_AT (BARRIERS_AT + ALL_WARPS * SLOTS * 8)
+#define ROW_AT (SUMS_AT + 2 * TEAMS * RANGES * SUM_BYTES)                // after two buffers of sums a team
+#define LANES_AT (ROW_AT + COUNT_OF(WIDEST) * (X_TILE + META_TILE))  // after a linear's input
 
 // A row as pieces: pairs of 4 codes, then {scale, sum} of every group; or words.
 #if ACT == 8

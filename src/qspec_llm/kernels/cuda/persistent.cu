@@ -491,18 +491,16 @@ DEVICE void multiply(const Step& s, int at_layer, int linear, const Input& input
   }
 }
 
-static_assert(RING_BYTES + ALL_WARPS * SLOTS * 8 + SUMS_BYTES + ROW_BYTES +
-                      LANE_TEAMS * sizeof(LaneRoom) == SMEM,
+static_assert(LANES_AT + LANE_TEAMS * sizeof(LaneRoom) == SMEM,
               "persistent.py lays shared memory out in another way");
 
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) layers(const __grid_constant__ Step s) {
   __shared__ float row_sums[2 * ALL_WARPS];
   __shared__ Places places;
   __shared__ volatile u32 last_stamp;  // of the pass before
-  const u32 rings = smem_address(shared), barriers = rings + RING_BYTES;
-  const u32 sums = barriers + ALL_WARPS * SLOTS * 8, room = sums + SUMS_BYTES;
-  LaneRoom& lane_room = *(LaneRoom*)(shared + (room - rings) + ROW_BYTES +
-                                     (TEAMS - 1 - threadIdx.x / THREADS) * sizeof(LaneRoom));
+  const u32 sums = smem_address(shared) + SUMS_AT, room = smem_address(shared) + ROW_AT;
+  LaneRoom& lane_room =
+      *(LaneRoom*)(shared + LANES_AT + (TEAMS - 1 - threadIdx.x / THREADS) * sizeof(LaneRoom));
 
   Ring ring;
   ring.slot = ring.parity = 0;

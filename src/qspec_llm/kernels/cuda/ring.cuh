@@ -27,7 +27,7 @@ struct Own {
     const int warp = same(this_thread() / 32);
     range = warp % RANGES, team = warp / RANGES * gridDim.x + this_block();
     slots = smem_address(shared) + warp * (SLOTS * SLOT_BYTES);
-    barriers = smem_address(shared) + RING_BYTES + warp * (SLOTS * 8);
+    barriers = smem_address(shared) + BARRIERS_AT + warp * (SLOTS * 8);
     feed = &feeds[warp];
   }
 
