@@ -89,8 +89,7 @@ struct Input {
           if (first + i * ALL_THREADS < all) pieces[i] = load_piece(from + first + i * ALL_THREADS);
 #pragma unroll
         for (int i = 0; i < batch; i++)
-          if (first + i * ALL_THREADS < all)
-            are_there &= is_piece_of(pieces[i], stamp);
+          if (first + i * ALL_THREADS < all) are_there &= is_piece_of(pieces[i], stamp);
         return are_there;
       });
 #pragma unroll
@@ -113,11 +112,12 @@ struct Input {
     constexpr int vectors = HIDDEN / 8, warps = (vectors + 31) / 32;  // of rows.cu
     constexpr int rounds = (warps + ALL_WARPS - 1) / ALL_WARPS;
     const int thread = this_thread(), lane = thread % 32, warp = thread / 32;
+    const auto vector = [&](int i) { return (warp + i * ALL_WARPS) * 32 + lane; };
     float values[rounds][8] = {};
     uint4 scales[rounds][NORM_FLOAT + 1] = {};  // on their way
 #pragma unroll
     for (int i = 0; i < rounds; i++) {
-      const int at = (warp + i * ALL_WARPS) * 32 + lane;
+      const int at = vector(i);
       if (at >= vectors) continue;
 #pragma unroll
       for (int j = 0; j < NORM_FLOAT + 1; j++)
@@ -133,24 +133,21 @@ struct Input {
         bool are_there = true;
 #pragma unroll
         for (int i = 0; i < rounds; i++) {
-          const int at = (warp + i * ALL_WARPS) * 32 + lane;
 #pragma unroll
           for (int j = 0; j < 2; j++)
-            if (at < vectors) pieces[i][j] = load_words(words + at * 8 + j * 4);
+            if (vector(i) < vectors) pieces[i][j] = load_words(words + vector(i) * 8 + j * 4);
         }
 #pragma unroll
         for (int i = 0; i < rounds; i++) {
-          const int at = (warp + i * ALL_WARPS) * 32 + lane;
 #pragma unroll
           for (int j = 0; j < 2; j++)
-            if (at < vectors) are_there &= are_words_of(pieces[i][j], stamp);
+            if (vector(i) < vectors) are_there &= are_words_of(pieces[i][j], stamp);
         }
         return are_there;
       });
 #pragma unroll
       for (int i = 0; i < rounds; i++) {
-        if ((warp + i * ALL_WARPS) * 32 + lane < vectors)
-          unpack(values_of_words(pieces[i][0], pieces[i][1]), values[i]);
+        if (vector(i) < vectors) unpack(values_of_words(pieces[i][0], pieces[i][1]), values[i]);
       }
     }
 #pragma unroll
@@ -163,7 +160,7 @@ struct Input {
     const float factor = factor_of(sum, HIDDEN, s.eps);
 #pragma unroll
     for (int i = 0; i < rounds; i++) {
-      const int at = (warp + i * ALL_WARPS) * 32 + lane;
+      const int at = vector(i);
       float normed[8], scale[8];
 #if NORM_FLOAT
 #pragma unroll
