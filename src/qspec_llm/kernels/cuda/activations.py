@@ -10,7 +10,15 @@ from qspec_llm.kernels.cuda.compile import kernel
 from qspec_llm.kernels.cuda.layout import TILE_COLS
 from qspec_llm.weights.view import Activation
 
-__all__ = ["TOP_OF", "Quantized", "activation_group", "check_rows", "padded_rows", "quantize"]
+__all__ = [
+    "TOP_OF",
+    "Quantized",
+    "activation_group",
+    "check_rows",
+    "group_and_top",
+    "padded_rows",
+    "quantize",
+]
 
 GROUP_OF = {Activation.A8: 64, Activation.A4: 32}
 TOP_OF = {Activation.A8: 127, Activation.A4: 7}
@@ -28,6 +36,13 @@ def activation_group(num_cols: int, activation: Activation) -> int:
     """Columns of x that share a scale."""
     group = GROUP_OF[activation]
     return group if num_cols % group == 0 else 32
+
+
+def group_and_top(num_cols: int, activation: Activation | None) -> tuple[int, int]:
+    """Columns that share a scale and the largest code: constants of a kernel, 0 and 0 for none."""
+    if activation is None:
+        return 0, 0
+    return activation_group(num_cols, activation), TOP_OF[activation]
 
 
 @dataclass(frozen=True)

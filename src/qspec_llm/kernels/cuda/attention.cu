@@ -13,13 +13,13 @@
 // them after they have waited.
 DEVICE void arrive() {
 #if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  cluster_arrive_release();
 #endif
 }
 
 DEVICE void wait() {
 #if CLUSTER > 1
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  cluster_wait();
 #else
   __syncthreads();
 #endif
@@ -28,12 +28,7 @@ DEVICE void wait() {
 // A float in the shared memory of block `rank` of the cluster.
 DEVICE float remote(const float* p, u32 rank) {
 #if CLUSTER > 1
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];"
-               : "=f"(value)
-               : "r"(remote_address(smem_address(p), rank))
-               : "memory");
-  return value;
+  return load_remote(remote_address(smem_address(p), rank));
 #else
   return *p;
 #endif

@@ -59,30 +59,6 @@
 
 typedef long long i64;
 
-DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
-  const u32 bytes = is_inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-
-DEVICE void load_transposed(u32 (&b)[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(at));
-}
-
-DEVICE void load_transposed(u32 (&b)[2], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(b[0]), "=r"(b[1])
-               : "r"(at));
-}
-
-DEVICE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 DEVICE u32 rotated_pair(u32 low, u32 high, float c, float s) {
   const float a = bf16_to_float(low), b = bf16_to_float(high);
   return pack_bf16(__fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s)),
@@ -287,7 +263,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
         if (key < fresh || key >= context) copy_or_zero(to + n * PITCH * 2, from, key < context);
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copy_commit();
   };
   // Adds the new keys or values to a unit, few if any: the context's last ones. Keys are rotated, and
   // written to their slots with their values.
@@ -459,7 +435,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
 
 #pragma unroll 1
     for (int unit = 0; unit < num_units; unit++) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+      copy_wait<STAGES - 2>();
       meet_team(first_barrier + team);
       fetch_old(unit + STAGES - 1);  // where the unit before this one was
       add_new(unit + STAGES - 1);

@@ -1,6 +1,7 @@
 """Attention of generated rows, with RoPE and the write of K and V before it: attention.cu.
 
-bf16 heads of 64 and 128; others go through Triton, operation by operation.
+bf16 heads of 64 and 128; others go through Triton, operation by operation, which is imported where
+it is needed: this kernel does without it.
 """
 
 from functools import cache
@@ -10,14 +11,11 @@ import torch
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kernels.cuda.activations import Quantized
+from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.cuda.compile import kernel, num_multiprocessors
+from qspec_llm.kernels.cuda.device import can_overlap
 from qspec_llm.kernels.cuda.form import HEAD_DIMS, LANES, PLACED
 from qspec_llm.kernels.cuda.rows import targets
-from qspec_llm.kernels.triton import attention as by_triton
-from qspec_llm.kernels.triton.launch import can_overlap
-from qspec_llm.kernels.triton.quantize import group_and_top
-from qspec_llm.kernels.triton.rope import rotate_and_write
 from qspec_llm.weights.view import Activation
 
 __all__ = ["attend", "rotate_write_attend"]
@@ -44,6 +42,8 @@ def attend(
     """
     if _fits(query, kv):
         return _attend(query, None, None, kv, None, rows, activation)
+    from qspec_llm.kernels.triton import attention as by_triton
+
     form = activation if query.shape[2] in HEAD_DIMS else None
     return by_triton.attend_decode(query, kv, rows, _max_context(kv, rows), form)
 
@@ -75,6 +75,9 @@ def rotate_write_attend(
         activation = None
     if _fits(query, kv):
         return _attend(query, keys, values, kv, angles, rows, activation)
+    from qspec_llm.kernels.triton import attention as by_triton
+    from qspec_llm.kernels.triton.rope import rotate_and_write
+
     rotated = rotate_and_write(query, keys, values, kv, *angles, rows.positions, rows.slots)
     if head_dim not in HEAD_DIMS:
         activation = None

@@ -8,7 +8,7 @@ import torch.version
 
 from qspec_llm.errors import QSpecError
 
-__all__ = ["gpu", "is_interpreted", "require_gpu"]
+__all__ = ["can_overlap", "gpu", "is_interpreted", "require_gpu"]
 
 LEAST_CAPABILITY = (8, 0)  # Ampere: bf16 matrix instructions
 PACKAGES = ("triton", "cuda")  # what compiles the kernels
@@ -28,6 +28,12 @@ def is_interpreted() -> bool:
 def gpu() -> torch.device:
     """The GPU that torch calls current when it is first asked for."""
     return torch.device("cpu" if is_interpreted() else f"cuda:{torch.cuda.current_device()}")
+
+
+@cache
+def can_overlap() -> bool:
+    """Whether this GPU knows programmatic dependent launch (kernels/triton/launch.py)."""
+    return not is_interpreted() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def require_gpu() -> None:

@@ -66,20 +66,6 @@ struct Step {
   float eps, scale;
 };
 
-// This thread and block, read anew: what a stage computes from them does not stay in registers while linears
-// are multiplied, which want them all.
-DEVICE int this_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
-DEVICE int this_block() {
-  int block;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-  return block;
-}
-
 DEVICE int columns_of(int linear) {
   return linear == ATTENTION_OUT ? QUERY : linear == MLP_OUT ? INNER : HIDDEN;
 }

@@ -12,9 +12,9 @@ from qspec_llm.kernels import Packed, Rows, reference
 from qspec_llm.kernels.cuda import layout, tables
 from qspec_llm.kernels.cuda import linear as kernels
 from qspec_llm.kernels.cuda.activations import Quantized
-from qspec_llm.kernels.cuda.device import gpu
+from qspec_llm.kernels.cuda.device import can_overlap, gpu
 from qspec_llm.kernels.cuda.layout import PackedPlanes
-from qspec_llm.kernels.triton.launch import IS_INTERPRETED, can_overlap
+from qspec_llm.kernels.triton.launch import IS_INTERPRETED
 from qspec_llm.weights.planes import Stored
 from qspec_llm.weights.view import View
 

@@ -77,7 +77,7 @@ struct Input {
     const int thread = this_thread();
     __syncthreads();  // all warps are done with what lies there
     if (thread % 32 == 0)
-      look_until_found([&]() { return is_word_of(load_stamped(gate), stamp); });
+      look_until_found([&]() { return is_word_of(load_relaxed(gate), stamp); });
     __syncwarp();
 #pragma unroll 1
     for (int first = thread; first < all; first += batch * ALL_THREADS) {
@@ -127,7 +127,7 @@ struct Input {
     if (words) {
       uint4 pieces[rounds][2];
       if (lane == 0 && warp * 32 < vectors)  // the others leave the L2 to other blocks until then
-        look_until_found([&]() { return is_word_of(load_stamped(words + warp * 256), stamp); });
+        look_until_found([&]() { return is_word_of(load_relaxed(words + warp * 256), stamp); });
       __syncwarp();
       look_until_found([&]() {
         bool are_there = true;
@@ -361,7 +361,7 @@ DEVICE void merge_lanes(const Step& s, u32 stamp) {
 #else
 #pragma unroll
     for (int n = 0; n < 2; n++)
-      store_stamped((u32*)s.attended + col + n * 32 + lane, float_to_bf16(all[n]) << 16 | stamp);
+      store_relaxed((u32*)s.attended + col + n * 32 + lane, float_to_bf16(all[n]) << 16 | stamp);
 #endif
   }
 }
@@ -438,7 +438,7 @@ DEVICE void multiply(const Step& s, int at_layer, int linear, const Input& input
     const int row = panel * TILE_ROWS + mate;  // that this thread finishes, if it is one of the first
     float before = 0.f;
     if (mate < TILE_ROWS) {
-      if (residual) before = __uint_as_float(load_stamped(residual + row) & 0xFFFF0000u);
+      if (residual) before = __uint_as_float(load_relaxed(residual + row) & 0xFFFF0000u);
       else if (linear == ATTENTION_OUT) before = bf16_to_float(s.x[row]);
     }
     Accumulators acc = {};
@@ -482,7 +482,7 @@ DEVICE void multiply(const Step& s, int at_layer, int linear, const Input& input
       if (linear == ATTENTION_OUT || linear == MLP_OUT)
         rounded = float_to_bf16(__fadd_rn(before, bf16_to_float(rounded)));
       if (linear == MLP_OUT && at_layer == NUM_LAYERS - 1) s.x[row] = rounded;
-      else store_stamped(out + row, rounded << 16 | stamp);
+      else store_relaxed(out + row, rounded << 16 | stamp);
     }
     round ^= 1;
   }

@@ -75,6 +75,19 @@ DEVICE void load_matrices(u32 (&b)[4], u32 at) {
                : "r"(at));
 }
 
+// The same, each transposed; lane l gives the address of row l % 8 of matrix l / 8 as it lies.
+DEVICE void load_transposed(u32 (&b)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(at));
+}
+
+DEVICE void load_transposed(u32 (&b)[2], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(b[0]), "=r"(b[1])
+               : "r"(at));
+}
+
 // ---- memory --------------------------------------------------------------------------------------
 
 // 16 bytes that are read once: they pass by the L1.
@@ -103,6 +116,13 @@ DEVICE void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// Zeros instead, where the source is not inside.
+DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
+  const u32 bytes = is_inside ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int N>
@@ -119,6 +139,84 @@ DEVICE void prefetch_line(const void* line) {
 template <int THREADS_THAT_MEET>
 DEVICE void meet_at(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS_THAT_MEET) : "memory");
+}
+
+// This thread and block, read anew: what is computed from them need not stay in registers until the next time.
+DEVICE int this_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+DEVICE int this_block() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
+// ---- memory that other blocks read and write meanwhile -----------------------------------------------
+//
+// What is stored or loaded as one u32 or one half of 8 bytes is whole; nothing else is ordered.
+
+DEVICE void store_relaxed(void* to, u32 value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+DEVICE void store_relaxed(void* to, uint2 v) {
+  asm volatile("{ .reg .b64 p; mov.b64 p, {%1, %2}; st.relaxed.gpu.global.b64 [%0], p; }" ::"l"(to),
+               "r"(v.x), "r"(v.y)
+               : "memory");
+}
+
+// 16 bytes, each half whole.
+DEVICE void store_relaxed_halves(void* to, uint4 v) {
+  asm volatile(
+      "{ .reg .b64 p, q; mov.b64 p, {%1, %2}; mov.b64 q, {%3, %4};\n"
+      "st.relaxed.gpu.global.v2.b64 [%0], {p, q}; }" ::"l"(to),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
+
+// 16 bytes, each word whole.
+DEVICE void store_relaxed_words(void* to, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+DEVICE u32 load_relaxed(const void* from) {
+  u32 v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+
+DEVICE uint2 load_relaxed_pair(const void* from) {
+  uint2 v;
+  asm volatile("{ .reg .b64 p; ld.relaxed.gpu.global.b64 p, [%2]; mov.b64 {%0, %1}, p; }"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+DEVICE uint4 load_relaxed_halves(const void* from) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .b64 p, q; ld.relaxed.gpu.global.v2.b64 {p, q}, [%4];\n"
+      "mov.b64 {%0, %1}, p; mov.b64 {%2, %3}, q; }"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from)
+      : "memory");
+  return v;
+}
+
+DEVICE uint4 load_relaxed_words(const void* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
 }
 
 // ---- tensor cores --------------------------------------------------------------------------------
@@ -158,6 +256,15 @@ DEVICE u32 sub_pair(u32 a, u32 b) {
 #endif
 }
 
+#if __CUDA_ARCH__ >= 900
+// 1 where a > 0, else 0.
+DEVICE u32 is_positive_pair(u32 a) {
+  u32 d;
+  asm("set.gt.bf16x2.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(0));
+  return d;
+}
+#endif
+
 // (a & mask) | bits in one instruction
 DEVICE u32 mask_or(u32 a, u32 mask, u32 bits) {
   u32 d;
@@ -190,6 +297,13 @@ DEVICE u32 pack_bf16(float low, float high) {
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
+}
+
+// 2^x, to 2 ulp; tiny results are zero.
+DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // ---- programmatic dependent launch ---------------------------------------------------------------
@@ -320,6 +434,11 @@ DEVICE void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
+// What this thread wrote is visible to all of the cluster once they have waited.
+DEVICE void cluster_arrive_release() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The same shared address in another block of the cluster.
@@ -327,6 +446,12 @@ DEVICE u32 remote_address(u32 at, u32 rank) {
   u32 r;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(rank));
   return r;
+}
+
+DEVICE float load_remote(u32 at) {
+  float v;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+  return v;
 }
 
 DEVICE void barrier_arrive_remote(u32 bar) {

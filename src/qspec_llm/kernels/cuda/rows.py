@@ -1,16 +1,15 @@
 """Operations on single rows: the residual add with RMSNorm, and SwiGLU, with quantised results.
 
-rows.cu for bf16 rows in whole vectors; other dtypes and widths go through Triton.
+rows.cu for bf16 rows in whole vectors; other dtypes and widths go through Triton, which is imported
+where it is needed: these kernels do without it.
 """
 
 import torch
 from torch import Tensor
 
-from qspec_llm.kernels.cuda.activations import Quantized
+from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.cuda.compile import kernel
-from qspec_llm.kernels.triton import norms, swiglu
-from qspec_llm.kernels.triton.launch import can_overlap
-from qspec_llm.kernels.triton.quantize import group_and_top
+from qspec_llm.kernels.cuda.device import can_overlap
 from qspec_llm.weights.view import Activation
 
 __all__ = ["add_rms_norm", "rms_norm", "silu_mul", "targets"]
@@ -28,6 +27,8 @@ def _fits(x: Tensor, num_cols: int) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of [R, K] or [R, heads, K]."""
     if not _fits(x, x.shape[-1]):
+        from qspec_llm.kernels.triton import norms
+
         return norms.rms_norm(x, weight, eps)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _norm(x, None, None, weight, eps, out)
@@ -47,6 +48,8 @@ def add_rms_norm(
         activation: how to quantise the norm; None leaves it in x's dtype.
     """
     if not _fits(x, x.shape[1]):
+        from qspec_llm.kernels.triton import norms
+
         return norms.add_rms_norm(x, delta, weight, eps, activation)
     total = x if delta is None else torch.empty_like(x)
     out: Tensor | Quantized = torch.empty_like(x) if activation is None else _room(x, activation)
@@ -89,6 +92,8 @@ def silu_mul(gate_up: Tensor, activation: Activation | None = None) -> Tensor | 
     """silu(gate) * up for gate_up [R, 2 I]: [R, I], quantised where `activation` says how."""
     num_rows, num_cols = gate_up.shape[0], gate_up.shape[1] // 2
     if not _fits(gate_up, num_cols):
+        from qspec_llm.kernels.triton import swiglu
+
         return swiglu.silu_mul(gate_up, activation)
     out: Tensor | Quantized
     if activation is None:

@@ -14,68 +14,25 @@
 #pragma once
 #include "ptx.cuh"
 
-DEVICE void store_stamped(void* to, u32 value) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
-
 // {value, stamp}
-DEVICE void store_pair(void* to, u32 value, u32 stamp) {
-  asm volatile("{ .reg .b64 p; mov.b64 p, {%1, %2}; st.relaxed.gpu.global.b64 [%0], p; }" ::"l"(to),
-               "r"(value), "r"(stamp)
-               : "memory");
-}
+DEVICE void store_pair(void* to, u32 value, u32 stamp) { store_relaxed(to, make_uint2(value, stamp)); }
 
 // {a, stamp, b, stamp}
 DEVICE void store_pairs(void* to, u32 a, u32 b, u32 stamp) {
-  asm volatile(
-      "{ .reg .b64 p, q; mov.b64 p, {%1, %3}; mov.b64 q, {%2, %3};\n"
-      "st.relaxed.gpu.global.v2.b64 [%0], {p, q}; }" ::"l"(to),
-      "r"(a), "r"(b), "r"(stamp)
-      : "memory");
+  store_relaxed_halves(to, make_uint4(a, stamp, b, stamp));
 }
 
 // Four words of two pairs of bf16.
 DEVICE void store_words(void* to, u32 first, u32 second, u32 stamp) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to),
-               "r"(first << 16 | stamp), "r"((first & 0xFFFF0000u) | stamp),
-               "r"(second << 16 | stamp), "r"((second & 0xFFFF0000u) | stamp)
-               : "memory");
+  store_relaxed_words(to, make_uint4(first << 16 | stamp, (first & 0xFFFF0000u) | stamp,
+                                     second << 16 | stamp, (second & 0xFFFF0000u) | stamp));
 }
 
-DEVICE uint4 load_pairs(const void* from) {
-  uint4 v;
-  asm volatile(
-      "{ .reg .b64 p, q; ld.relaxed.gpu.global.v2.b64 {p, q}, [%4];\n"
-      "mov.b64 {%0, %1}, p; mov.b64 {%2, %3}, q; }"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(from)
-      : "memory");
-  return v;
-}
+DEVICE uint4 load_pairs(const void* from) { return load_relaxed_halves(from); }
 
-DEVICE uint4 load_words(const void* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
+DEVICE uint4 load_words(const void* from) { return load_relaxed_words(from); }
 
-DEVICE uint2 load_pair(const void* from) {
-  uint2 v;
-  asm volatile("{ .reg .b64 p; ld.relaxed.gpu.global.b64 p, [%2]; mov.b64 {%0, %1}, p; }"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-
-DEVICE u32 load_stamped(const void* from) {
-  u32 v;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-  return v;
-}
+DEVICE uint2 load_pair(const void* from) { return load_relaxed_pair(from); }
 
 DEVICE bool is_word_of(u32 v, u32 stamp) { return ((v ^ stamp) & 0xFFFF) == 0; }
 

@@ -121,9 +121,7 @@ DEVICE u32 refine(u32 anchor, u32 r) {
 #if __CUDA_ARCH__ >= 900 && !defined(EVERY_SIGN)
   // 1 where r > 0, as bf16 patterns are ordered like integers, and else 0: two instructions, of which
   // one is off the integer pipe, the busiest
-  u32 is_nonzero;
-  asm("set.gt.bf16x2.bf16x2 %0, %1, %2;" : "=r"(is_nonzero) : "r"(r), "r"(0));
-  return fma_pair(value, is_nonzero, 0x80008000u);
+  return fma_pair(value, is_positive_pair(r), 0x80008000u);
 #else
   const u32 is_nonzero = permute((r + 0x0FFF0FFFu) << 3, 0, 0xBB99);  // bit 12 over its half
   return value & (is_nonzero | 0x80008000u) & (is_nonzero | anchor);

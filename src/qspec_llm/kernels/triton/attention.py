@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kernels.cuda.activations import Quantized
+from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.triton.launch import next_power, options, start
-from qspec_llm.kernels.triton.quantize import codes_of, group_and_top
+from qspec_llm.kernels.triton.quantize import codes_of
 from qspec_llm.weights.view import Activation
 
 __all__ = ["SPLIT", "attend_decode", "check_counters", "counters", "num_splits_of"]

@@ -6,26 +6,20 @@ touches memory that another kernel writes. So launch latency and the next linear
 hide behind the small kernels. As every kernel waits, the order is as if none overlapped.
 """
 
-from functools import cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
-__all__ = ["IS_INTERPRETED", "NO_FUSED_MULTIPLY", "can_overlap", "next_power", "options", "start"]
+from qspec_llm.kernels.cuda.device import can_overlap
+
+__all__ = ["IS_INTERPRETED", "NO_FUSED_MULTIPLY", "next_power", "options", "start"]
 
 # TRITON_INTERPRET=1: kernels run on the CPU, slowly, for tests of what they mean
 IS_INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 # for kernels whose products must be rounded one by one
 NO_FUSED_MULTIPLY: dict[str, Any] = {} if IS_INTERPRETED else {"enable_fp_fusion": False}
-
-
-@cache
-def can_overlap() -> bool:
-    """Whether this GPU knows programmatic dependent launch."""
-    return not IS_INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def options(num_warps: int, num_stages: int = 2) -> dict[str, Any]:

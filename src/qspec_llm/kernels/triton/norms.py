@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qspec_llm.kernels.cuda.activations import Quantized
+from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.triton.launch import next_power, options, start
-from qspec_llm.kernels.triton.quantize import group_and_top, quantize_columns
+from qspec_llm.kernels.triton.quantize import quantize_columns
 from qspec_llm.weights.view import Activation
 
 __all__ = ["add_rms_norm", "rms_norm"]

@@ -7,18 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qspec_llm.kernels.cuda.activations import TOP_OF, Quantized, activation_group
+from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.triton.launch import next_power, options, start
 from qspec_llm.weights.view import Activation
 
-__all__ = ["codes_of", "group_and_top", "quantize", "quantize_columns"]
-
-
-def group_and_top(num_cols: int, activation: Activation | None) -> tuple[int, int]:
-    """Columns that share a scale and the largest code: constants of a kernel, 0 and 0 for none."""
-    if activation is None:
-        return 0, 0
-    return activation_group(num_cols, activation), TOP_OF[activation]
+__all__ = ["codes_of", "quantize", "quantize_columns"]
 
 
 @triton.jit
