@@ -1,0 +1,358 @@
+// What stands for kernels/cuda/ptx.cuh on a CPU: the same functions, without instructions of a GPU.
+//
+// Products of matrices round once for each instruction, from exact sums; a GPU may round in between.
+
+#pragma once
+#include "host.h"
+
+#define __CUDA_ARCH__ 900
+#define HAS_BULK_COPY 1
+
+// ---- shared memory -------------------------------------------------------------------------------
+//
+// An address is the distance from the block's first byte; in another block of the cluster also its rank.
+
+constexpr u32 RANK_AT = 24;  // bits
+
+inline u8* shared_at(Block& block, u32 at, u32 bytes) {
+  if (at % min(bytes, 16u)) fail("an address of shared memory that is not aligned");
+  if (at + bytes > block.shared_bytes) fail("an address outside of shared memory");
+  return block.shared + at;
+}
+
+inline u8* shared_at(u32 at, u32 bytes) { return shared_at(*this_emulated_block, at, bytes); }
+
+inline u32 smem_address(const void* p) {
+  const size_t at = (const u8*)p - this_emulated_block->shared;
+  if (at >= this_emulated_block->shared_bytes) fail("a pointer outside of shared memory");
+  return (u32)at;
+}
+
+template <class T>
+inline T shared_value(u32 at) {
+  T value;
+  memcpy(&value, shared_at(at, sizeof value), sizeof value);
+  return value;
+}
+
+DEVICE uint4 load_shared4(u32 at) { return shared_value<uint4>(at); }
+DEVICE u32 load_shared_u16(u32 at) { return shared_value<u16>(at); }
+DEVICE float load_shared(u32 at) { return shared_value<float>(at); }
+
+template <class T>
+inline void set_shared(u32 at, T value) {
+  memcpy(shared_at(at, sizeof value), &value, sizeof value);
+}
+
+DEVICE void store_shared(u32 at, float value) { set_shared(at, value); }
+DEVICE void store_shared(u32 at, float a, float b) { set_shared(at, make_float2(a, b)); }
+DEVICE void store_shared2(u32 at, uint2 v) { set_shared(at, v); }
+DEVICE void store_shared4(u32 at, uint4 v) { set_shared(at, v); }
+DEVICE void zero_shared4(u32 at) { set_shared(at, uint4{}); }
+
+// 8x8 matrices of 16-bit values: lane l of a warp gets two of row l / 4, or of column l / 4.
+template <int COUNT, bool IS_TRANSPOSED>
+inline void matrices(u32 (&b)[COUNT], u32 at) {
+  this_fiber->operands[0] = at;
+  by_warp([](Fiber** lanes) {
+    for (int m = 0; m < COUNT; m++) {
+      for (int l = 0; l < 32; l++) {
+        u32 both = 0;
+        for (int i = 0; i < 2; i++) {
+          const int near = l % 4 * 2 + i, far = l / 4;
+          const int row = IS_TRANSPOSED ? near : far, col = IS_TRANSPOSED ? far : near;
+          u16 value;
+          memcpy(&value, shared_at((u32)lanes[m * 8 + row]->operands[0], 16) + col * 2, 2);
+          both |= (u32)value << 16 * i;
+        }
+        lanes[l]->operands[1 + m] = both;
+      }
+    }
+  });
+  for (int m = 0; m < COUNT; m++) b[m] = (u32)this_fiber->operands[1 + m];
+}
+
+DEVICE void load_matrices(u32 (&b)[4], u32 at) { matrices<4, false>(b, at); }
+DEVICE void load_transposed(u32 (&b)[4], u32 at) { matrices<4, true>(b, at); }
+DEVICE void load_transposed(u32 (&b)[2], u32 at) { matrices<2, true>(b, at); }
+
+// ---- memory --------------------------------------------------------------------------------------
+
+DEVICE uint4 load_once(const void* from) { return *(const uint4*)from; }
+DEVICE u32 load_once_u32(const void* from) { return *(const u32*)from; }
+DEVICE u32 load_once_u16(const void* from) { return *(const u16*)from; }
+DEVICE void prefetch_line(const void*) {}
+
+// Arrives now, or not before it is waited for.
+inline void copy_sometime(u32 to, const void* from) {
+  Block& block = *this_emulated_block;
+  u8* const there = shared_at(to, 16);
+  uint4 value = {};
+  if (from) value = *(const uint4*)from;
+  const auto copy = [=]() { memcpy(there, &value, sizeof value); };
+  if (block.draw() % 2) copy();
+  else this_fiber->copies.push_back(copy);
+}
+
+DEVICE void copy16(u32 to, const void* from) { copy_sometime(to, from); }
+
+DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
+  copy_sometime(to, is_inside ? from : nullptr);
+}
+
+DEVICE void copy_commit() {
+  this_fiber->groups.push_back(std::move(this_fiber->copies));
+  this_fiber->copies.clear();
+}
+
+template <int N>
+DEVICE void copy_wait() {
+  auto& groups = this_fiber->groups;
+  while (groups.size() > N) {
+    for (const auto& copy : groups.front()) copy();
+    groups.erase(groups.begin());
+  }
+}
+
+DEVICE void store_relaxed(void* to, u32 value) { __atomic_store_n((u32*)to, value, __ATOMIC_RELEASE); }
+
+DEVICE void store_relaxed(void* to, uint2 v) {
+  __atomic_store_n((u64*)to, v.x | (u64)v.y << 32, __ATOMIC_RELEASE);
+}
+
+DEVICE void store_relaxed_halves(void* to, uint4 v) {
+  store_relaxed(to, make_uint2(v.x, v.y));
+  store_relaxed((u64*)to + 1, make_uint2(v.z, v.w));
+}
+
+DEVICE void store_relaxed_words(void* to, uint4 v) {
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+  for (int i = 0; i < 4; i++) store_relaxed((u32*)to + i, words[i]);
+}
+
+DEVICE u32 load_relaxed(const void* from) {
+  look_again();
+  return __atomic_load_n((const u32*)from, __ATOMIC_ACQUIRE);
+}
+
+DEVICE uint2 load_relaxed_pair(const void* from) {
+  look_again();
+  const u64 pair = __atomic_load_n((const u64*)from, __ATOMIC_ACQUIRE);
+  return make_uint2((u32)pair, (u32)(pair >> 32));
+}
+
+DEVICE uint4 load_relaxed_halves(const void* from) {
+  const uint2 low = load_relaxed_pair(from), high = load_relaxed_pair((const u64*)from + 1);
+  return make_uint4(low.x, low.y, high.x, high.y);
+}
+
+DEVICE uint4 load_relaxed_words(const void* from) {
+  const u32* const at = (const u32*)from;
+  const u32 x = load_relaxed(at), y = load_relaxed(at + 1), z = load_relaxed(at + 2);
+  return make_uint4(x, y, z, load_relaxed(at + 3));
+}
+
+DEVICE int this_thread() { return threadIdx.x; }
+DEVICE int this_block() { return blockIdx.x; }
+
+// ---- numbers -------------------------------------------------------------------------------------
+
+DEVICE float bf16_to_float(u32 bits) { return __uint_as_float(bits << 16); }
+
+DEVICE u32 float_to_bf16(float f) {
+  if (f != f) return 0x7FFF;
+  const u32 bits = __float_as_uint(f);
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+DEVICE u32 pack_bf16(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }
+
+DEVICE float half_to_float(u32 bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+  return bits & 0x8000 ? -size : size;
+}
+
+DEVICE float exp2_of(float x) { return exp2f(x); }
+
+// The low and the high bf16 of a register, each by itself.
+template <class Both>
+inline u32 by_pairs(const Both& both) {
+  return float_to_bf16(both(0)) | float_to_bf16(both(16)) << 16;
+}
+
+inline float half_of(u32 pair, int shift) { return bf16_to_float(pair >> shift & 0xFFFF); }
+
+DEVICE u32 fma_pair(u32 a, u32 b, u32 c) {  // exact in double, where 8 bits meet 8 bits
+  return by_pairs([&](int i) { return (float)((double)half_of(a, i) * half_of(b, i) + half_of(c, i)); });
+}
+
+DEVICE u32 sub_pair(u32 a, u32 b) {
+  return by_pairs([&](int i) { return half_of(a, i) - half_of(b, i); });
+}
+
+DEVICE u32 is_positive_pair(u32 a) {
+  return by_pairs([&](int i) { return half_of(a, i) > 0 ? 1.f : 0.f; });
+}
+
+DEVICE u32 mask_or(u32 a, u32 mask, u32 bits) { return (a & mask) | bits; }
+
+DEVICE u32 permute(u32 a, u32 b, u32 selector) {
+  const u64 bytes = a | (u64)b << 32;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++) {
+    const u32 which = selector >> 4 * i & 15;
+    u32 byte = bytes >> 8 * (which & 7) & 255;
+    if (which & 8) byte = byte & 128 ? 255 : 0;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+
+// ---- tensor cores --------------------------------------------------------------------------------
+
+// d = a b + c for 16 x 8 of d, COLUMNS of a: a lane's registers hold PACKED values each.
+template <class Value, int PACKED, class Sum, class Of>
+inline void product(Sum (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const Sum (&c)[4], const Of& of) {
+  constexpr int COLUMNS = PACKED * 8;
+  for (int i = 0; i < 4; i++) {
+    this_fiber->operands[i] = a[i];
+    this_fiber->operands[6 + i] = bits_of<u32>(c[i]);
+  }
+  this_fiber->operands[4] = b0, this_fiber->operands[5] = b1;
+  by_warp([&](Fiber** lanes) {
+    Value left[16][COLUMNS], right[COLUMNS][8];
+    for (int l = 0; l < 32; l++) {
+      const int g = l / 4, t = l % 4;
+      for (int i = 0; i < PACKED; i++) {
+        for (int r = 0; r < 4; r++)
+          left[g + r % 2 * 8][t * PACKED + i + r / 2 * COLUMNS / 2] =
+              (Value)of((u32)lanes[l]->operands[r] >> i * (32 / PACKED), true);
+        for (int r = 0; r < 2; r++)
+          right[t * PACKED + i + r * COLUMNS / 2][g] =
+              (Value)of((u32)lanes[l]->operands[4 + r] >> i * (32 / PACKED), false);
+      }
+    }
+    for (int l = 0; l < 32; l++) {
+      for (int i = 0; i < 4; i++) {
+        const int row = l / 4 + i / 2 * 8, col = l % 4 * 2 + i % 2;
+        Value sum = 0;
+        for (int k = 0; k < COLUMNS; k++) sum += left[row][k] * right[k][col];
+        const Sum total = (Sum)(bits_of<Sum>((u32)lanes[l]->operands[6 + i]) + sum);
+        lanes[l]->operands[10 + i] = bits_of<u32>(total);
+      }
+    }
+  });
+  for (int i = 0; i < 4; i++) d[i] = bits_of<Sum>((u32)this_fiber->operands[10 + i]);
+}
+
+DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  product<double, 2>(d, a, b0, b1, d, [](u32 bits, bool) { return bf16_to_float(bits & 0xFFFF); });
+}
+
+DEVICE void mma_u8s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  product<int, 4>(d, a, b0, b1, d,
+                  [](u32 bits, bool is_left) { return is_left ? (int)(u8)bits : (int)(signed char)bits; });
+}
+
+// ---- kernels that overlap ------------------------------------------------------------------------
+
+DEVICE void launch_dependents() {}
+DEVICE void wait_for_earlier_kernels() {}
+
+// ---- barriers in shared memory, the copy engine, clusters ------------------------------------------
+
+// Does something with a barrier of a block of the cluster.
+template <class Do>
+inline auto with_barrier(Block& block, u32 at, const Do& what) {
+  std::lock_guard<std::mutex> lock(block.barriers_mutex);
+  return what(block.barriers[at]);
+}
+
+inline void arrive(Block& block, u32 at, long bytes) {
+  const bool was_missing = with_barrier(block, at, [=](Barrier& barrier) {
+    if (barrier.missing == 0) return false;
+    barrier.missing--;
+    barrier.bytes += bytes;
+    barrier.settle();
+    return true;
+  });
+  if (!was_missing) fail("an arrival at a barrier that awaits none");
+}
+
+DEVICE void barrier_init(u32 bar, u32 arrivals) {
+  shared_at(bar, 8);
+  with_barrier(*this_emulated_block, bar, [=](Barrier& barrier) {
+    barrier = Barrier();
+    barrier.arrivals = barrier.missing = (int)arrivals;
+  });
+}
+
+DEVICE void publish_barriers() {}
+DEVICE void barrier_arrive(u32 bar) { arrive(*this_emulated_block, bar, 0); }
+DEVICE void barrier_expect(u32 bar, u32 bytes) { arrive(*this_emulated_block, bar, bytes); }
+
+DEVICE void barrier_wait(u32 bar, u32 parity) {
+  const auto has_ended = [=](Barrier& barrier) {
+    barrier.is_awaited = (u32)barrier.phase % 2 == parity;
+    return !barrier.is_awaited;
+  };
+  while (!with_barrier(*this_emulated_block, bar, has_ended)) look_again();
+}
+
+DEVICE u64 evict_first_policy() { return 0; }
+
+DEVICE void bulk_load_multicast(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks) {
+  if (bytes % 16 || (size_t)from % 16) fail("a bulk copy of less than whole 16 bytes");
+  const std::vector<Block*>& cluster = *this_emulated_block->cluster;
+  for (size_t rank = 0; rank < cluster.size(); rank++) {
+    if (!(blocks >> rank & 1)) continue;
+    Block* const block = cluster[rank];
+    u8* const there = shared_at(*block, to, 16);
+    if (to + bytes > block->shared_bytes) fail("a bulk copy past the end of shared memory");
+    const auto arrive = [=]() {
+      memcpy(there, from, bytes);
+      with_barrier(*block, bar, [=](Barrier& barrier) {
+        if (barrier.arrivals == 0) block->launch->fail("a copy that no barrier counts");
+        barrier.bytes -= bytes;
+        barrier.settle();
+      });
+    };
+    const bool is_late = this_emulated_block->draw() % 2;
+    this_emulated_block->bulk_copies.push_back({arrive, block, bar, is_late});
+  }
+}
+
+DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 bar, u64 = 0) {
+  bulk_load_multicast(to, from, bytes, bar, 1u << this_emulated_block->rank);
+}
+
+DEVICE bool is_elected() { return this_fiber->thread % 32 == 0; }
+
+DEVICE void bulk_load_by_warp(u32 to, const void* from, u32 bytes, u32 to_more, const void* from_more,
+                              u32 more, u32 bar, u64) {
+  if (!is_elected()) return;
+  barrier_expect(bar, bytes + more);
+  bulk_load(to, from, bytes, bar);
+  if (more) bulk_load(to_more, from_more, more, bar);
+}
+
+// All threads of the cluster, in two halves.
+DEVICE void cluster_arrive() { ++*this_emulated_block->cluster_arrivals; }
+DEVICE void cluster_arrive_release() { cluster_arrive(); }
+
+DEVICE void cluster_wait() {
+  const Block& block = *this_emulated_block;
+  const int all = block.launch->num_threads * (int)block.cluster->size();
+  const int wanted = ++this_fiber->cluster_phase * all;
+  while (*block.cluster_arrivals < wanted) look_again();
+}
+
+DEVICE u32 remote_address(u32 at, u32 rank) { return at | (rank + 1) << RANK_AT; }
+
+DEVICE float load_remote(u32 at) {
+  Block& block = *this_emulated_block->cluster->at((at >> RANK_AT) - 1);
+  float value;
+  memcpy(&value, shared_at(block, at & ((1u << RANK_AT) - 1), sizeof value), sizeof value);
+  return value;
+}

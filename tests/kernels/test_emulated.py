@@ -1,0 +1,320 @@
+"""CUDA kernels on a CPU (emulated/): what they compute, whatever the order of their warps.
+
+What a GPU adds, instructions that round in their own way and memory that is ordered in its own way,
+only the GPU tests see. Prompts' kernels, and those of more than 16 rows, are not emulated.
+"""
+
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers_cpu import (
+    VIEWS,
+    assert_close,
+    assert_same_bits,
+    gaussian,
+    ragged_rows,
+    random_cache,
+    random_stored,
+    some_rows,
+)
+from helpers_emulated import Emulated
+from torch import Tensor
+
+from qspec_llm.kernels import LayerKV, Rows, reference
+from qspec_llm.kernels.cuda import activations, attention, direct, layout, linear, persistent, rows
+from qspec_llm.kernels.cuda.activations import Quantized
+from qspec_llm.weights.planes import Planes, draft_weight, verify_weight
+from qspec_llm.weights.view import VERIFY, Activation, View
+
+CAN_RUN = sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++")
+pytestmark = pytest.mark.skipif(not CAN_RUN, reason="emulation needs g++ on x86-64 Linux")
+MULTIPROCESSORS = 4
+BF16 = torch.bfloat16
+LINEARS = ("qkv", "output", "gate_up", "down")
+
+
+@pytest.fixture(params=[1, 2])
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of the order in which warps go on and copies arrive."""
+    return int(request.param)
+
+
+@pytest.fixture(autouse=True)
+def emulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run on the CPU, as on a small GPU of Hopper's kind."""
+
+    def kernel(source: str, function: str, **defines: object) -> Emulated:
+        return Emulated(source, function, seed, **defines)
+
+    for module in (activations, attention, direct, persistent, rows):
+        monkeypatch.setattr(module, "kernel", kernel)
+    monkeypatch.setattr(direct, "instance", direct.instance.__wrapped__)  # not the one of a GPU
+    device = direct.Device(MULTIPROCESSORS, 228 << 10, 227 << 10, has_multicast=True)
+    monkeypatch.setattr(direct, "_device", lambda _: device)
+    monkeypatch.setattr(linear.wide, "can_run", lambda *_: False)
+    for module in (attention, persistent):
+        monkeypatch.setattr(module, "num_multiprocessors", lambda _: MULTIPROCESSORS)
+    for module in (attention, rows):
+        monkeypatch.setattr(module, "can_overlap", lambda: True)
+        monkeypatch.setattr(module, "_fits", lambda *_: True)
+    for module in (activations, linear):
+        monkeypatch.setattr(module, "check_rows", lambda *_: None)
+
+
+def quantized(x: Tensor, activation: Activation) -> Quantized:
+    """The reference's codes and scales as kernels lay them out."""
+    out = Quantized.empty(*x.shape, activation, x.device)
+    codes, scales = reference.quantize_activations(x.float(), activation)
+    halves = codes.view(len(x), -1, 2, 8).transpose(2, 3)  # of every 16 columns
+    sums = codes.view(len(x), -1, out.group).sum(-1, dtype=torch.int32)
+    out.codes.copy_(halves.reshape(x.shape))
+    groups = sums.shape[1]
+    out.meta[:groups, : len(x), 0] = scales.view(len(x), -1).t().contiguous().view(torch.int32)
+    out.meta[:groups, : len(x), 1] = sums.t()
+    return out
+
+
+def assert_quantized(actual: Tensor | Quantized, x: Tensor, activation: Activation) -> None:
+    assert isinstance(actual, Quantized)
+    expected = quantized(x, activation)
+    groups = x.shape[1] // expected.group
+    assert torch.equal(actual.codes, expected.codes)
+    assert torch.equal(actual.meta[:groups, : len(x)], expected.meta[:groups, : len(x)])
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("writes_outside", "an address outside of shared memory"),
+        ("waits_alone", "all wait for what never comes"),
+        ("is_trapped", "a trap .* thread 7"),
+        ("waits_for_no_copy", "a copy that no barrier counts"),
+    ],
+)
+def test_a_wrong_kernel_ends_with_a_sentence(fault: str, sentence: str, seed: int) -> None:
+    out = torch.zeros(64, dtype=torch.int32)
+    with pytest.raises(AssertionError, match=sentence):
+        Emulated("faults.cu", fault, seed).launch((1,), 64, [out], smem=256)
+
+
+def test_orders_show_that_a_meeting_is_missing() -> None:
+    found = torch.zeros(10, 64, dtype=torch.int32)
+    for seed, out in enumerate(found):
+        Emulated("faults.cu", "reads_too_early", seed).launch((1,), 64, [out], smem=256)
+    is_early = found.view(torch.float32).isnan()
+    assert is_early[:, :32].any()
+    assert is_early[:, 32:].any()
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def test_norm_and_swiglu() -> None:
+    num_cols = 576
+    x, delta = (gaussian(3, num_cols, dtype=BF16, seed=i) for i in range(2))
+    weight = gaussian(num_cols, seed=2).abs().to(BF16)
+    total, normed = rows.add_rms_norm(x, delta, weight, 1e-5, None)
+    assert isinstance(normed, Tensor)
+    assert_same_bits(total, (x.float() + delta.float()).to(BF16))
+    assert_close(normed, reference.rms_norm(total, weight, 1e-5), 3e-3)
+    inner = rows.silu_mul(torch.cat([x, delta], -1))
+    assert isinstance(inner, Tensor)
+    assert_close(inner, reference.silu_mul(torch.cat([x, delta], -1)), 3e-3)
+    for activation in (Activation.A8, Activation.A4):
+        _, codes = rows.add_rms_norm(x, delta, weight, 1e-5, activation)
+        assert_quantized(codes, normed, activation)
+        assert_quantized(rows.silu_mul(torch.cat([x, delta], -1), activation), inner, activation)
+        assert_quantized(activations.quantize(x, activation), x, activation)
+
+
+# ---- linears -------------------------------------------------------------------------------------
+
+
+def wanted(x: Tensor, stored: Planes, view: View) -> Tensor:
+    """The definition, in float64."""
+    wide = reference.round_activations(x.float(), view.activation) if view.is_draft else x.float()
+    weight = draft_weight(stored) if view.is_draft else verify_weight(stored)
+    return wide.double() @ weight.double().t()
+
+
+@pytest.mark.parametrize(
+    ("form", "view", "group", "num_cols"),
+    [
+        (
+            "signed16",
+            "verify",
+            32,
+            1440,
+        ),  # some ranges have one tile more, and one a part of a tile
+        ("signed16", "a8", 128, 1408),
+        ("signed8", "verify", 128, 640),  # and some none
+        ("affine4", "verify", 64, 1472),
+        ("affine4_f16", "a8", 32, 1440),
+        ("affine8", "a4", 32, 224),
+    ],
+)
+def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_cols: int) -> None:
+    stored = random_stored(form, 112, num_cols, group)
+    assert isinstance(stored, Planes)
+    packed, bias = layout.pack(stored, "cpu"), gaussian(112, seed=3)
+    x = gaussian(11, num_cols, dtype=BF16)
+
+    def run(some: Tensor) -> Tensor:
+        out = torch.full((len(some), 112), torch.nan)
+        return linear.linear(some, packed, bias, VIEWS[view], some_rows(), torch.float32, out=out)
+
+    together = run(x)
+    assert_close(together.double(), wanted(x, stored, VIEWS[view]) + bias, 2e-5)
+    for some in (slice(0, 1), slice(2, 7)):  # alone, and by pairs of blocks
+        assert_same_bits(run(x[some].contiguous()), together[some])
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_attention_is_the_same_however_it_is_laid_out(
+    tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = [1, 3, 2] if tiles == 1 else [5, 7, 6]
+    contexts = [600, 3, 130] if tiles == 1 else [600, 9, 130]
+    places, num_blocks = ragged_rows(counts, contexts)
+    qkv = gaussian(sum(counts), 8 * 64, dtype=BF16, seed=5).view(-1, 8, 64)
+    query, keys, values = qkv.split([4, 2, 2], dim=1)
+    angle = gaussian(600, 32, seed=6)
+    angles = (angle.cos(), angle.sin())
+    expected_kv = random_cache(num_blocks, 2, 64, BF16)
+    expected = by_reference(query, keys, values, angles, expected_kv, places)
+
+    outputs = []
+    for cluster, stages in ((8, 3), (4, 5), (2, 4), (1, 3)):
+        monkeypatch.setattr(attention, "_cut", lambda *_, cut=(cluster, stages): cut)
+        kv = random_cache(num_blocks, 2, 64, BF16)
+        out = attention.rotate_write_attend(query, keys, values, kv, angles, places, None)
+        assert isinstance(out, Tensor)
+        outputs.append(out)
+        assert_same_bits(kv.keys, expected_kv.keys)
+        assert_same_bits(kv.values, expected_kv.values)
+    assert_close(outputs[0], expected, 1e-2)
+    for out in outputs[1:]:
+        assert_same_bits(out, outputs[0])
+    codes = attention.rotate_write_attend(query, keys, values, kv, angles, places, Activation.A8)
+    assert_quantized(codes, outputs[0].flatten(1), Activation.A8)
+
+
+def by_reference(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    angles: tuple[Tensor, Tensor],
+    kv: LayerKV,
+    at: Rows,
+) -> Tensor:
+    cos, sin = (table[at.positions] for table in angles)
+    reference.write_kv(reference.rope(keys, cos, sin), values, kv, VERIFY, at)
+    return reference.attention(reference.rope(query, cos, sin), kv, VERIFY, at)
+
+
+# ---- all layers in one kernel --------------------------------------------------------------------
+
+
+def small_decoder(form: str, group: int, shape: tuple[int, int, int, int, int]) -> Any:
+    """Two layers, as `Persistent` and `one_by_one` look at them."""
+    heads, kv_heads, head_dim, hidden, inner = shape
+    config = SimpleNamespace(
+        hidden_size=hidden, intermediate_size=inner, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, norm_eps=1e-5,
+    )  # fmt: skip
+    qkv = (heads + 2 * kv_heads) * head_dim
+    sizes = ((qkv, hidden), (hidden, heads * head_dim), (2 * inner, hidden), (hidden, inner))
+
+    def layer(seed: int) -> Any:
+        found: dict[str, Any] = {}
+        for name, (num_rows, num_cols) in zip(LINEARS, sizes, strict=True):
+            weight = layout.pack(random_stored(form, num_rows, num_cols, group), "cpu")
+            bias = gaussian(num_rows, seed=seed, dtype=BF16) if name == "qkv" else None
+            found[name] = SimpleNamespace(parts=((weight, bias),))
+        norms = (1 + gaussian(hidden, seed=seed + i).abs().to(BF16) for i in (1, 2))
+        found["input_norm"], found["post_attention_norm"] = norms
+        return SimpleNamespace(**found)
+
+    angle = gaussian(1024, head_dim // 2, seed=9)
+    layers = [layer(10 * i) for i in range(2)]
+    return SimpleNamespace(
+        config=config, layers=layers, cos=angle.cos(), sin=angle.sin(), dtype=BF16,
+        final_norm=layers[0].input_norm,
+    )  # fmt: skip
+
+
+def one_by_one(x: Tensor, decoder: Any, at: Rows, kv: list[LayerKV], view: View) -> Tensor:
+    """step.py's layers, kernel by kernel."""
+    config, delta = decoder.config, None
+    form = view.activation if view.is_draft else None
+    sizes = [size * config.head_dim for size in (config.num_heads, *2 * [config.num_kv_heads])]
+
+    def multiply(x: Tensor | Quantized, layer: Any) -> Tensor:
+        ((weight, bias),) = layer.parts
+        return linear.linear(x, weight, bias, view, at)
+
+    for layer, layer_kv in zip(decoder.layers, kv, strict=True):
+        x, hidden = rows.add_rms_norm(x, delta, layer.input_norm, config.norm_eps, form)
+        parts = multiply(hidden, layer.qkv).split(sizes, -1)
+        query, keys, values = (part.view(len(x), -1, config.head_dim) for part in parts)
+        angles = (decoder.cos, decoder.sin)
+        found = attention.rotate_write_attend(query, keys, values, layer_kv, angles, at, form)
+        attended = found if isinstance(found, Quantized) else found.flatten(1)
+        delta = multiply(attended, layer.output)
+        x, hidden = rows.add_rms_norm(x, delta, layer.post_attention_norm, config.norm_eps, form)
+        delta = multiply(rows.silu_mul(multiply(hidden, layer.gate_up), form), layer.down)
+    assert delta is not None
+    return (x.float() + delta.float()).to(BF16)
+
+
+@pytest.fixture
+def caches() -> Callable[[Any, int], list[LayerKV]]:
+    def make(decoder: Any, num_blocks: int) -> list[LayerKV]:
+        config = decoder.config
+        size = (num_blocks, config.num_kv_heads, config.head_dim, BF16)
+        return [random_cache(*size) for _ in decoder.layers]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("form", "view", "group", "shape"),
+    [
+        ("signed16", "a8", 64, (4, 2, 64, 256, 192)),
+        ("affine4", "verify", 64, (9, 3, 64, 576, 704)),
+        ("signed8", "verify", 32, (3, 1, 64, 384, 192)),
+        ("affine8_offset", "a4", 32, (4, 2, 64, 256, 192)),
+    ],
+)
+def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(
+    form: str,
+    view: str,
+    group: int,
+    shape: tuple[int, int, int, int, int],
+    caches: Callable[[Any, int], list[LayerKV]],
+) -> None:
+    decoder = small_decoder(form, group, shape)
+    whole = persistent.Persistent(decoder)
+    for context in (1, 40, 300, 700):
+        at, num_blocks = ragged_rows([1], [context])
+        laid = whole.layout(at, VIEWS[view], 16)
+        assert laid is not None
+        start = gaussian(1, shape[3], dtype=BF16, seed=context)
+        ours, theirs = caches(decoder, num_blocks), caches(decoder, num_blocks)
+        x = start.clone()
+        whole(x, at, ours, VIEWS[view], laid)
+        assert_same_bits(x, one_by_one(start, decoder, at, theirs, VIEWS[view]))
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same_bits(one.keys, other.keys)
+            assert_same_bits(one.values, other.values)
+        if context == 1:
+            whole._rooms[VIEWS[view].activation]["counts"][0] = 65533  # stamps soon begin again
