@@ -1,8 +1,9 @@
 // CUDA's words on a CPU, so that kernels run, and are tested, where there is no GPU.
 //
 // A block is a thread of the system, its threads are fibres, which change over where a warp or a block meets,
-// where a value of another block is awaited, and nowhere else. Which warp goes on, and which
-// of its lanes first, is drawn, and copies arrive as late as they may or at once, also drawn: what is right only in one order fails with some seed.
+// where a value of another block is awaited, and nowhere else. Which warp goes on, and which of its lanes
+// first, is drawn, and copies arrive as late as they may or at once, also drawn: what is right only in one
+// order fails with some seed.
 //
 // A launch ends with a sentence instead of a result where a kernel is wrong in a way that a GPU would not
 // survive: an address outside of shared memory, a wait for what never comes, a trap. Nothing here is timed.
@@ -58,10 +59,10 @@ struct Fiber {
   void* stack_pointer;
   std::unique_ptr<u64[]> stack;
   bool is_done = false, waits = false;
-  int cluster_phase = 0;                                    // meetings of the cluster so far
-  u64 operands[NUM_OPERANDS];                               // of what its warp does together
-  std::vector<std::function<void()>> copies;                // not committed
-  std::vector<std::vector<std::function<void()>>> groups;   // committed, not waited for
+  int cluster_phase = 0;                                   // meetings of the cluster so far
+  u64 operands[NUM_OPERANDS];                              // of what its warp does together
+  std::vector<std::function<void()>> copies;               // not committed
+  std::vector<std::vector<std::function<void()>>> groups;  // committed, not waited for
 };
 
 // An mbarrier.
@@ -99,7 +100,7 @@ struct Block {
   std::mt19937 draw;
   std::map<int, std::vector<Fiber*>> meetings;
   std::vector<BulkCopy> bulk_copies;  // that this block asked for
-  std::mutex barriers_mutex;                       // other blocks of the cluster may copy into this one
+  std::mutex barriers_mutex;          // other blocks of the cluster may copy into this one
   std::map<u32, Barrier> barriers;
   std::atomic<int>* cluster_arrivals;
 };

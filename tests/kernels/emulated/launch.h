@@ -7,9 +7,9 @@
 
 #include <utility>
 
-constexpr int MOST_IDLE = 10000;
+constexpr int MOST_IDLE = 10000;  // turns in which nobody can go on
 constexpr auto MOST_DELAY = std::chrono::microseconds(2000);  // of a block after others of its cluster
-constexpr auto MOST_SECONDS = std::chrono::seconds(60);  // without an end: it hangs
+constexpr auto MOST_SECONDS = std::chrono::seconds(60);       // of a launch
 
 static thread_local const std::function<void()>* body;
 
@@ -50,7 +50,7 @@ static void run_block(Block& block) {
   for (int i = 0; i < launch.num_threads; i++) start_fiber(block.fibers[i], i);
   if (block.cluster->size() > 1) std::this_thread::sleep_for(block.draw() % 1000 * MOST_DELAY / 1000);
   const auto end = std::chrono::steady_clock::now() + MOST_SECONDS;
-  int left = launch.num_threads, idle = 0;  // turns in which nobody could go on
+  int left = launch.num_threads, idle = 0;
   for (u64 turn = 1; left && !launch.has_failed; turn++) {
     if (turn % 64 == 0) {
       std::this_thread::yield();
