@@ -27,9 +27,19 @@ from helpers_emulated import Emulated
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows, reference
-from qspec_llm.kernels.cuda import activations, attention, direct, layout, linear, persistent, rows
+from qspec_llm.kernels.cuda import (
+    activations,
+    attention,
+    direct,
+    layout,
+    linear,
+    persistent,
+    rows,
+    tables,
+)
 from qspec_llm.kernels.cuda.activations import Quantized
 from qspec_llm.weights.planes import Planes, draft_weight, verify_weight
+from qspec_llm.weights.quantize import nest_signed16
 from qspec_llm.weights.view import VERIFY, Activation, View
 
 CAN_RUN = sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++")
@@ -52,7 +62,7 @@ def emulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(source: str, function: str, **defines: object) -> Emulated:
         return Emulated(source, function, seed, **defines)
 
-    for module in (activations, attention, direct, persistent, rows):
+    for module in (activations, attention, direct, persistent, rows, tables):
         monkeypatch.setattr(module, "kernel", kernel)
     monkeypatch.setattr(direct, "instance", direct.instance.__wrapped__)  # not the one of a GPU
     device = direct.Device(MULTIPROCESSORS, 228 << 10, 227 << 10, has_multicast=True)
@@ -173,6 +183,35 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
     assert_close(together.double(), wanted(x, stored, VIEWS[view]) + bias, 2e-5)
     for some in (slice(0, 1), slice(2, 7)):  # alone, and by pairs of blocks
         assert_same_bits(run(x[some].contiguous()), together[some])
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_the_bf16_target_returns_every_bit(group: int) -> None:
+    weight = gaussian(32, 256).to(BF16) * 0.02  # with heavy tails
+    weight[torch.rand(32, 256, generator=torch.Generator().manual_seed(1)) < 0.1] = -0.0
+    weight[:, 7] = 0
+    packed = layout.pack(nest_signed16(weight, group), "cpu")
+    assert isinstance(packed, layout.PackedPlanes)
+    room = torch.full((32, 256), torch.nan, dtype=BF16)
+    assert_same_bits(tables.decoded(packed, slice(None), room), weight)
+    assert_same_bits(tables.embed(torch.arange(32), packed, BF16), weight)
+    out = torch.full((256, 32), torch.nan)
+    one_hot = torch.eye(256, dtype=BF16)
+    linear.linear(one_hot, packed, None, VERIFY, some_rows(), torch.float32, out=out)
+    # a sum that starts at 0 shows no sign of zero
+    assert_same_bits(out.t() + 0.0, weight.float() + 0.0)
+
+
+@pytest.mark.parametrize(("form", "group"), [("affine4_offset", 64), ("affine8", 32)])
+def test_rows_and_tiles_of_a_matrix(form: str, group: int) -> None:
+    stored = random_stored(form, 97, 320, group)
+    assert isinstance(stored, Planes)
+    packed, weight = layout.pack(stored, "cpu"), verify_weight(stored)
+    assert isinstance(packed, layout.PackedPlanes)
+    tokens = torch.tensor([0, 96, 31, 32, 5, 5])
+    assert_same_bits(tables.embed(tokens, packed, torch.float32), weight[tokens])
+    room = torch.full((48, 384), torch.nan, dtype=BF16)
+    assert_close(tables.decoded(packed, slice(1, 4), room)[:, :320], weight[16:64].to(BF16), 3e-3)
 
 
 # ---- attention -----------------------------------------------------------------------------------
