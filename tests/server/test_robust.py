@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx2 as httpx
 import pytest
@@ -465,13 +466,35 @@ async def one_client(client, rng, prompts, results, num_bodies):
             pass  # the client hung up, as it meant to
 
 
-async def watch_health(url, latencies, is_over):
-    async with httpx.AsyncClient(base_url=url) as client:
-        while not is_over.is_set():
-            started = time.perf_counter()
-            assert (await client.get("/health")).status_code == 200
-            latencies.append(time.perf_counter() - started)
-            await asyncio.sleep(0.02)
+WATCH = """
+import sys, time, httpx2
+client = httpx2.Client(base_url=sys.argv[1])
+client.get("/health")  # connects, and imports what the client needs
+while True:
+    started = time.perf_counter()
+    assert client.get("/health").status_code == 200
+    print(time.perf_counter() - started, flush=True)
+    time.sleep(0.02)
+"""
+
+
+@contextmanager
+def watched_health(url, path):
+    """The seconds that each answer of /health took meanwhile, to a process of its own.
+
+    Written to a file: a pipe that nobody reads yet would fill up and stop the watch.
+    """
+    latencies = []
+    with path.open("w+") as written:
+        watch = subprocess.Popen([sys.executable, "-c", WATCH, url], stdout=written)
+        try:
+            yield latencies
+            assert watch.poll() is None, "an answer of /health was not 200, or never came"
+        finally:
+            watch.terminate()
+            watch.wait(10)
+        written.seek(0)
+        latencies.extend(float(line) for line in written.read().split())
 
 
 async def load(url, seed, num_clients, num_bodies, key="none"):
@@ -488,21 +511,6 @@ async def load(url, seed, num_clients, num_bodies, key="none"):
         ]
         await asyncio.gather(*tasks)
     return results
-
-
-async def load_and_watch(server, *args):
-    """The same, and the times that /health took meanwhile."""
-    latencies, is_over = [], asyncio.Event()
-    health = asyncio.create_task(watch_health(server.url, latencies, is_over))
-    results = await load(server.url, *args)
-    is_over.set()
-    await health
-    return results, latencies
-
-
-def share_below(seconds, latencies):
-    """A held event loop slows most answers; a shared machine that stalls slows a few."""
-    return sum(latency < seconds for latency in latencies) / len(latencies)
 
 
 def check_against_offline(offline, results):
@@ -525,38 +533,27 @@ def check_against_offline(offline, results):
         assert texts == {result.outputs[0].text}
 
 
-def test_load_with_hang_ups_and_a_tiny_cache(make_llm, offline):
+def test_load_with_hang_ups_and_a_tiny_cache(make_llm, offline, tmp_path):
     """64 clients, room for two or three requests: everything is preempted and evicted."""
     llm = make_llm(max_batch=16, max_tokens_in_kv=512)
     with running(llm) as server:
-        results, latencies = asyncio.run(load_and_watch(server, 1, 64, 2))
+        with watched_health(server.url, tmp_path / "latencies") as latencies:
+            results = asyncio.run(load(server.url, 1, 64, 2))
         server.wait_until_idle()
         assert len(results) > 64
         assert llm.engine.scheduler.num_preempted > 0
         assert llm.engine.scheduler.blocks.num_evicted > 0
-        # clients and server share one process and two cores here: most answers, not nearly all
-        assert share_below(0.1, latencies) > 0.5
-        assert max(latencies) < 2
+        assert len(latencies) > 20
+        # clients and server share one process and two cores here
+        assert sorted(latencies)[int(len(latencies) * 0.95)] < 0.1
     check_against_offline(offline, results)
-
-
-WATCH = """
-import sys, time, httpx2
-client = httpx2.Client(base_url=sys.argv[1])
-client.get("/health")  # connects, and imports what the client needs
-while not sys.stdin.closed:
-    started = time.perf_counter()
-    assert client.get("/health").status_code == 200
-    print(time.perf_counter() - started, flush=True)
-    time.sleep(0.02)
-"""
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "process", [("--max-batch", "16", "--kv-cache-bytes", "128K")], indirect=True
 )
-def test_load_for_longer_keeps_memory_flat_and_health_quick(process, offline):
+def test_load_for_longer_keeps_memory_flat_and_health_quick(process, offline, tmp_path):
     """Server, clients and the one who asks for its health are three processes."""
     import psutil
 
@@ -564,24 +561,18 @@ def test_load_for_longer_keeps_memory_flat_and_health_quick(process, offline):
         lines = httpx.get(f"{process.url}/metrics").text.splitlines()
         return float(next(line.split()[-1] for line in lines if line.startswith(f"qspec:{name} ")))
 
-    command = [sys.executable, "-c", WATCH, process.url]
-    watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     server, sizes = psutil.Process(process.pid), []
-    for seed in range(8):
-        results = asyncio.run(load(process.url, seed, 64, 6, key="k"))
-        deadline = time.monotonic() + 20
-        while read("num_requests_running") or read("num_requests_waiting"):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert read("kv_cache_usage_perc") == 0
-        sizes.append(server.memory_info().rss)
-        check_against_offline(offline, results)
-    watch.terminate()
-    latencies = [float(line) for line in watch.stdout.read().split()]
-    watch.stdout.close()
-    watch.wait(10)
+    with watched_health(process.url, tmp_path / "latencies") as latencies:
+        for seed in range(8):
+            results = asyncio.run(load(process.url, seed, 64, 6, key="k"))
+            deadline = time.monotonic() + 20
+            while read("num_requests_running") or read("num_requests_waiting"):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert read("kv_cache_usage_perc") == 0
+            sizes.append(server.memory_info().rss)
+            check_against_offline(offline, results)
     assert len(latencies) > 100
-    assert share_below(0.1, latencies) > 0.98
-    assert max(latencies) < 1
+    assert max(latencies) < 0.1
     assert read("num_preemptions_total") > 0
     assert sizes[-1] - sizes[3] < 16 << 20
