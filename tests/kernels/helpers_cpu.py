@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,18 @@ from torch import Tensor
 
 from helpers_weights import FORMS
 from qspec_llm.errors import QSpecError
-from qspec_llm.kernels import LayerKV, Rows
+from qspec_llm.kernels import LayerKV, Rows, reference
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.weights.pack import pack_nibbles, unpack_nibbles
-from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored
+from qspec_llm.weights.planes import (
+    Dense,
+    Planes,
+    PlaneSpec,
+    Stored,
+    draft_weight,
+    verify_weight,
+)
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
 # What the fixture `compiled` is: source, architecture, macros to a cubin.
@@ -101,6 +109,18 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert float(error) <= tolerance, f"relative error {float(error):.2e} > {tolerance:.0e}"
 
 
+def expected_product(x: Tensor, stored: Stored, view: View) -> Tensor:
+    """x [R, K] times the view's weights [N, K], transposed: the definition, in float64."""
+    wide = x.float()
+    if isinstance(stored, Dense):
+        return wide.double() @ stored.weight.double().t()
+    if view.is_draft:
+        # on the CPU: torch divides by a scalar on a GPU by multiplying with its rounded inverse
+        wide = reference.round_activations(wide.cpu(), view.activation).to(x.device)
+    weight = draft_weight(stored) if view.is_draft else verify_weight(stored)
+    return wide.double() @ weight.double().t()
+
+
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     """Equal dtype, shape and patterns, so that -0.0 is not 0.0."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
@@ -108,6 +128,16 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
         integer = {2: torch.int16, 4: torch.int32}[actual.itemsize]
         actual, expected = actual.contiguous().view(integer), expected.contiguous().view(integer)
     assert torch.equal(actual, expected)
+
+
+def assert_quantizes(quantized: Any, x: Tensor, activation: Activation) -> None:
+    """Codes, scales and sums of a `Quantized` are exactly those of the reference for x [R, K]."""
+    expected, scale = reference.quantize_activations(x.cpu().float(), activation)
+    halves = quantized.codes.cpu().view(len(x), -1, 8, 2)  # of every 16 columns
+    assert torch.equal(halves.transpose(2, 3).float().reshape(expected.shape), expected)
+    meta = quantized.meta.cpu()[: expected.shape[1], : len(x)]
+    assert_same_bits(meta[..., 0].contiguous().view(torch.float32).T.contiguous(), scale[..., 0])
+    assert torch.equal(meta[..., 1].T.float(), expected.sum(-1))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qspec_llm.kernels.cuda.compile import SOURCES, _argument
+from qspec_llm.kernels.cuda.compile import SOURCES, addresses, arguments
 
 EMULATED = Path(__file__).parent / "emulated"  # its ptx.cuh stands for that of the kernels
 OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-pthread")
@@ -73,8 +73,8 @@ class Emulated:
         Raises:
             AssertionError: the kernel reads or writes outside of shared memory, traps or hangs.
         """
-        values = [_argument(value) for value in args]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        values = arguments(args)
+        pointers = addresses(values)
         sizes = (ctypes.c_int * 3)(*(*grid, 1, 1)[:3])
         smem_bytes, seed = ctypes.c_size_t(smem), ctypes.c_uint(self._seed)
         why = self._emulate(pointers, sizes, block, smem_bytes, cluster, int(cooperative), seed)

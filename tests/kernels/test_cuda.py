@@ -16,7 +16,9 @@ from helpers_cpu import (
     DENSE_TYPES,
     VIEWS,
     Compile,
+    assert_quantizes,
     assert_same_bits,
+    expected_product,
     random_stored,
     refused,
     some_rows,
@@ -24,7 +26,6 @@ from helpers_cpu import (
 from torch import Tensor
 
 from helpers_weights import FORMS, assert_same_stored
-from qspec_llm.kernels import reference
 from qspec_llm.kernels.cuda import activations, check, direct, layout, linear, tables
 from qspec_llm.kernels.cuda import compile as nvrtc
 from qspec_llm.kernels.cuda.form import Form, form_of
@@ -33,7 +34,6 @@ from qspec_llm.weights.planes import (
     Planes,
     PlaneSpec,
     Stored,
-    draft_weight,
     verify_bits,
     verify_weight,
 )
@@ -56,18 +56,6 @@ def on_gpu(stored: Stored) -> Stored:
     if isinstance(stored, Dense):
         return Dense(stored.weight.cuda(), stored.reason)
     return Planes.from_tensors(stored.spec, {n: t.cuda() for n, t in stored.tensors().items()})
-
-
-def expected(x: Tensor, stored: Stored, view: View) -> Tensor:
-    """The definition, in float64."""
-    wide = x.float()
-    if isinstance(stored, Dense):
-        return wide.double() @ stored.weight.double().t()
-    if view.is_draft:
-        # on the CPU: torch divides by a scalar on a GPU by multiplying with its rounded inverse
-        wide = reference.round_activations(wide.cpu(), view.activation).cuda()
-    weight = draft_weight(stored) if view.is_draft else verify_weight(stored)
-    return wide.double() @ weight.double().t()
 
 
 def run(
@@ -183,7 +171,7 @@ def test_linear_is_the_definition(form: str, view: str, num_tokens: int) -> None
         packed = layout.pack(stored)
         x = fresh(num_tokens, shape[1])
         assert_close(
-            run(x, packed, VIEWS[view]), expected(x, on_gpu(stored), VIEWS[view]), TOLERANCE
+            run(x, packed, VIEWS[view]), expected_product(x, on_gpu(stored), VIEWS[view]), TOLERANCE
         )
 
 
@@ -192,7 +180,7 @@ def test_linear_is_the_definition(form: str, view: str, num_tokens: int) -> None
 def test_prompts_and_other_outputs(form: str) -> None:
     stored = random_stored(form, 1056, 576, 64)
     packed, x, bias = layout.pack(stored), fresh(300, 576), fresh(1056)
-    wanted = expected(x, on_gpu(stored), VERIFY) + bias.double()
+    wanted = expected_product(x, on_gpu(stored), VERIFY) + bias.double()
     is_exact = form in ("signed16", "bfloat16")
     out = run(x, packed, VERIFY, is_prompt=True, bias=bias)
     assert_close(out, wanted, TOLERANCE if is_exact else ROUNDED)
@@ -208,7 +196,7 @@ def test_prompts_and_other_outputs(form: str) -> None:
 def test_other_dense_types(kind: str) -> None:
     stored = random_stored(kind, 100, 96)
     packed, x = layout.pack(stored), fresh(20, 96)
-    assert_close(run(x, packed, VERIFY), expected(x, on_gpu(stored), VERIFY), TOLERANCE)
+    assert_close(run(x, packed, VERIFY), expected_product(x, on_gpu(stored), VERIFY), TOLERANCE)
     assert_same_bits(run(x[:3].contiguous(), packed, VERIFY), run(x, packed, VERIFY)[:3])
 
 
@@ -305,16 +293,7 @@ def test_embed(form: str) -> None:
 def test_quantised_activations(activation: Activation, num_cols: int, dtype: torch.dtype) -> None:
     x = fresh(21, num_cols, dtype=dtype)
     x[3] = 0
-    found = activations.quantize(x, activation)
-    integers, scale = (
-        part.cuda() for part in reference.quantize_activations(x.float().cpu(), activation)
-    )
-    pairs = found.codes.view(21, -1, 8, 2).transpose(2, 3).reshape(21, -1)
-    assert torch.equal(pairs.float(), integers.flatten(1))
-    groups = scale.shape[1]
-    assert_same_bits(found.meta[:groups, :21, 0].t().contiguous().view(torch.float32),
-                     scale.squeeze(-1))  # fmt: skip
-    assert torch.equal(found.meta[:groups, :21, 1].t().float(), integers.sum(-1))
+    assert_quantizes(activations.quantize(x, activation), x, activation)
 
 
 @gpu

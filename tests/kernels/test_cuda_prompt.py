@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cpu import Compile, assert_same_bits, random_stored, some_rows
-from test_cuda import ROUNDED, TOLERANCE, assert_close, expected, fresh, on_gpu, run
+from helpers_cpu import Compile, assert_same_bits, expected_product, random_stored, some_rows
+from test_cuda import ROUNDED, TOLERANCE, assert_close, fresh, on_gpu, run
 from torch import Tensor
 
 from helpers_weights import FORMS
@@ -49,7 +49,7 @@ def test_rows_alone_and_among_others(form: str, shape: tuple[int, int, int]) -> 
     packed, x = packed_of(form, shape), fresh(1500, shape[1])
     whole = run(x, packed, VERIFY, is_prompt=True)
     limit = TOLERANCE if form in EXACT else ROUNDED
-    assert_close(whole, expected(x, on_gpu(stored), VERIFY), limit)
+    assert_close(whole, expected_product(x, on_gpu(stored), VERIFY), limit)
     for count in COUNTS:
         for start in (0, 1, 700, 1500 - count):
             part = run(x[start : start + count].contiguous(), packed, VERIFY, is_prompt=True)
@@ -79,7 +79,7 @@ def test_the_instance_changes_no_bit(form: str, ranges: int) -> None:
         packed, x = packed_of(form, shape), fresh(300, shape[1])
         usual = product(x, packed, tiles=32, ranges=ranges)
         limit = TOLERANCE if form in EXACT else ROUNDED
-        assert_close(usual, expected(x, on_gpu(stored), VERIFY), limit)
+        assert_close(usual, expected_product(x, on_gpu(stored), VERIFY), limit)
         for tiles in TILES:
             assert_same_bits(product(x, packed, tiles=tiles, ranges=ranges), usual)
 
@@ -110,7 +110,7 @@ def test_through_cublas(form: str, shape: tuple[int, int, int]) -> None:
     """What GPUs without warpgroup products do."""
     stored = random_stored(form, *shape)
     packed, x, bias = packed_of(form, shape), fresh(600, shape[1]), fresh(shape[0])
-    wanted = expected(x, on_gpu(stored), VERIFY)
+    wanted = expected_product(x, on_gpu(stored), VERIFY)
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.full((600, shape[0]), torch.nan, dtype=dtype, device="cuda")
         through_cublas(x, packed, None, out)

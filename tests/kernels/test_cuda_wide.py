@@ -5,8 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cpu import VIEWS, Compile, assert_same_bits, random_stored, some_rows
-from test_cuda import assert_close, expected, fresh, on_gpu
+from helpers_cpu import (
+    VIEWS,
+    Compile,
+    assert_same_bits,
+    expected_product,
+    random_stored,
+    some_rows,
+)
+from test_cuda import assert_close, fresh, on_gpu
 from torch import Tensor
 
 from helpers_weights import FORMS
@@ -55,7 +62,7 @@ def check_against_direct(form: str, view: View, num_tokens: int) -> None:
         out, same = poisoned(num_tokens, shape[0]), poisoned(num_tokens, shape[0])
         wide.multiply(product(x, packed, view, out))
         direct.multiply(product(x, packed, view, same))
-        assert_close(out, expected(x, on_gpu(stored), view), TOLERANCE)
+        assert_close(out, expected_product(x, on_gpu(stored), view), TOLERANCE)
         assert_same_bits(out, same)
 
 

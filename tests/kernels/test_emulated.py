@@ -7,7 +7,6 @@ only the GPU tests see. Prompts' kernels, and those of more than 16 rows, are no
 import platform
 import shutil
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,9 @@ import torch
 from helpers_cpu import (
     VIEWS,
     assert_close,
+    assert_quantizes,
     assert_same_bits,
+    expected_product,
     gaussian,
     ragged_rows,
     random_cache,
@@ -38,7 +39,7 @@ from qspec_llm.kernels.cuda import (
     tables,
 )
 from qspec_llm.kernels.cuda.activations import Quantized
-from qspec_llm.weights.planes import Planes, draft_weight, verify_weight
+from qspec_llm.weights.planes import Planes, verify_weight
 from qspec_llm.weights.quantize import nest_signed16
 from qspec_llm.weights.view import VERIFY, Activation, View
 
@@ -75,27 +76,6 @@ def emulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_fits", lambda *_: True)
     for module in (activations, linear):
         monkeypatch.setattr(module, "check_rows", lambda *_: None)
-
-
-def quantized(x: Tensor, activation: Activation) -> Quantized:
-    """The reference's codes and scales as kernels lay them out."""
-    out = Quantized.empty(*x.shape, activation, x.device)
-    codes, scales = reference.quantize_activations(x.float(), activation)
-    halves = codes.view(len(x), -1, 2, 8).transpose(2, 3)  # of every 16 columns
-    sums = codes.view(len(x), -1, out.group).sum(-1, dtype=torch.int32)
-    out.codes.copy_(halves.reshape(x.shape))
-    groups = sums.shape[1]
-    out.meta[:groups, : len(x), 0] = scales.view(len(x), -1).t().contiguous().view(torch.int32)
-    out.meta[:groups, : len(x), 1] = sums.t()
-    return out
-
-
-def assert_quantized(actual: Tensor | Quantized, x: Tensor, activation: Activation) -> None:
-    assert isinstance(actual, Quantized)
-    expected = quantized(x, activation)
-    groups = x.shape[1] // expected.group
-    assert torch.equal(actual.codes, expected.codes)
-    assert torch.equal(actual.meta[:groups, : len(x)], expected.meta[:groups, : len(x)])
 
 
 @pytest.mark.parametrize(
@@ -138,32 +118,20 @@ def test_norm_and_swiglu() -> None:
     assert_close(inner, reference.silu_mul(torch.cat([x, delta], -1)), 3e-3)
     for activation in (Activation.A8, Activation.A4):
         _, codes = rows.add_rms_norm(x, delta, weight, 1e-5, activation)
-        assert_quantized(codes, normed, activation)
-        assert_quantized(rows.silu_mul(torch.cat([x, delta], -1), activation), inner, activation)
-        assert_quantized(activations.quantize(x, activation), x, activation)
+        assert_quantizes(codes, normed, activation)
+        assert_quantizes(rows.silu_mul(torch.cat([x, delta], -1), activation), inner, activation)
+        assert_quantizes(activations.quantize(x, activation), x, activation)
 
 
 # ---- linears -------------------------------------------------------------------------------------
 
 
-def wanted(x: Tensor, stored: Planes, view: View) -> Tensor:
-    """The definition, in float64."""
-    wide = reference.round_activations(x.float(), view.activation) if view.is_draft else x.float()
-    weight = draft_weight(stored) if view.is_draft else verify_weight(stored)
-    return wide.double() @ weight.double().t()
-
-
 @pytest.mark.parametrize(
     ("form", "view", "group", "num_cols"),
     [
-        (
-            "signed16",
-            "verify",
-            32,
-            1440,
-        ),  # some ranges have one tile more, and one a part of a tile
+        ("signed16", "verify", 32, 1440),  # ranges with a tile more, and with a part of one
         ("signed16", "a8", 128, 1408),
-        ("signed8", "verify", 128, 640),  # and some none
+        ("signed8", "verify", 128, 640),  # and without
         ("affine4", "verify", 64, 1472),
         ("affine4_f16", "a8", 32, 1440),
         ("affine8", "a4", 32, 224),
@@ -180,7 +148,7 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
         return linear.linear(some, packed, bias, VIEWS[view], some_rows(), torch.float32, out=out)
 
     together = run(x)
-    assert_close(together.double(), wanted(x, stored, VIEWS[view]) + bias, 2e-5)
+    assert_close(together.double(), expected_product(x, stored, VIEWS[view]) + bias, 2e-5)
     for some in (slice(0, 1), slice(2, 7)):  # alone, and by pairs of blocks
         assert_same_bits(run(x[some].contiguous()), together[some])
 
@@ -244,7 +212,7 @@ def test_attention_is_the_same_however_it_is_laid_out(
     for out in outputs[1:]:
         assert_same_bits(out, outputs[0])
     codes = attention.rotate_write_attend(query, keys, values, kv, angles, places, Activation.A8)
-    assert_quantized(codes, outputs[0].flatten(1), Activation.A8)
+    assert_quantizes(codes, outputs[0].flatten(1), Activation.A8)
 
 
 def by_reference(
@@ -315,14 +283,10 @@ def one_by_one(x: Tensor, decoder: Any, at: Rows, kv: list[LayerKV], view: View)
     return (x.float() + delta.float()).to(BF16)
 
 
-@pytest.fixture
-def caches() -> Callable[[Any, int], list[LayerKV]]:
-    def make(decoder: Any, num_blocks: int) -> list[LayerKV]:
-        config = decoder.config
-        size = (num_blocks, config.num_kv_heads, config.head_dim, BF16)
-        return [random_cache(*size) for _ in decoder.layers]
-
-    return make
+def caches(decoder: Any, num_blocks: int) -> list[LayerKV]:
+    config = decoder.config
+    size = (num_blocks, config.num_kv_heads, config.head_dim, BF16)
+    return [random_cache(*size) for _ in decoder.layers]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +303,6 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(
     view: str,
     group: int,
     shape: tuple[int, int, int, int, int],
-    caches: Callable[[Any, int], list[LayerKV]],
 ) -> None:
     decoder = small_decoder(form, group, shape)
     whole = persistent.Persistent(decoder)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers_cpu import (
     assert_close,
+    assert_quantizes,
     assert_same_bits,
     gaussian,
     ragged_rows,
     random_cache,
 )
-from torch import Tensor
 
 from qspec_llm.engine.random import Stream
 from qspec_llm.engine.random import uniform as expected_uniform
@@ -50,21 +50,6 @@ def there(ops: Any) -> Callable[[Any], Any]:
         return x.to(ops.device)
 
     return move
-
-
-def columns(quantized: Any) -> Tensor:
-    """Codes of a `Quantized` in the order of the columns."""
-    rows = len(quantized.codes)
-    return quantized.codes.cpu().view(rows, -1, 8, 2).transpose(2, 3).reshape(rows, -1)
-
-
-def assert_quantizes(quantized: Any, x: Tensor, activation: Activation) -> None:
-    """Codes, scales and sums are exactly those of the reference for x [R, K]."""
-    expected, scale = reference.quantize_activations(x.cpu().float(), activation)
-    assert torch.equal(columns(quantized).float().view_as(expected), expected)
-    meta = quantized.meta.cpu()[: expected.shape[1], : len(x)]
-    assert_same_bits(meta[..., 0].contiguous().view(torch.float32).T.contiguous(), scale[..., 0])
-    assert torch.equal(meta[..., 1].T.float(), expected.sum(-1))
 
 
 @pytest.mark.parametrize("dtype", TYPES)

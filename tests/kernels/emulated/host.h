@@ -240,11 +240,7 @@ inline int __dp4a(int a, int b, int c) {
 }
 
 template <class T>
-inline T __ldcg(const T* from) { return *from; }
-template <class T>
 inline T __ldcs(const T* from) { return *from; }
-template <class T>
-inline void __stcg(T* to, T value) { *to = value; }
 
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline u32 atomicAdd(u32* to, u32 value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }

@@ -84,20 +84,12 @@ DEVICE u32 load_once_u16(const void* from) { return *(const u16*)from; }
 DEVICE void prefetch_line(const void*) {}
 
 // Arrives now, or not before it is waited for.
-inline void copy_sometime(u32 to, const void* from) {
-  Block& block = *this_emulated_block;
-  u8* const there = shared_at(to, 16);
-  uint4 value = {};
-  if (from) value = *(const uint4*)from;
-  const auto copy = [=]() { memcpy(there, &value, sizeof value); };
-  if (block.draw() % 2) copy();
-  else this_fiber->copies.push_back(copy);
-}
-
-DEVICE void copy16(u32 to, const void* from) { copy_sometime(to, from); }
-
 DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
-  copy_sometime(to, is_inside ? from : nullptr);
+  u8* const there = shared_at(to, 16);
+  const uint4 value = is_inside ? *(const uint4*)from : uint4{};
+  const auto copy = [=]() { memcpy(there, &value, sizeof value); };
+  if (this_emulated_block->draw() % 2) copy();
+  else this_fiber->copies.push_back(copy);
 }
 
 DEVICE void copy_commit() {
@@ -269,17 +261,6 @@ inline auto with_barrier(Block& block, u32 at, const Do& what) {
   return what(block.barriers[at]);
 }
 
-inline void arrive(Block& block, u32 at, long bytes) {
-  const bool was_missing = with_barrier(block, at, [=](Barrier& barrier) {
-    if (barrier.missing == 0) return false;
-    barrier.missing--;
-    barrier.bytes += bytes;
-    barrier.settle();
-    return true;
-  });
-  if (!was_missing) fail("an arrival at a barrier that awaits none");
-}
-
 DEVICE void barrier_init(u32 bar, u32 arrivals) {
   shared_at(bar, 8);
   with_barrier(*this_emulated_block, bar, [=](Barrier& barrier) {
@@ -289,8 +270,17 @@ DEVICE void barrier_init(u32 bar, u32 arrivals) {
 }
 
 DEVICE void publish_barriers() {}
-DEVICE void barrier_arrive(u32 bar) { arrive(*this_emulated_block, bar, 0); }
-DEVICE void barrier_expect(u32 bar, u32 bytes) { arrive(*this_emulated_block, bar, bytes); }
+
+DEVICE void barrier_expect(u32 bar, u32 bytes) {
+  const bool was_missing = with_barrier(*this_emulated_block, bar, [=](Barrier& barrier) {
+    if (barrier.missing == 0) return false;
+    barrier.missing--;
+    barrier.bytes += bytes;
+    barrier.settle();
+    return true;
+  });
+  if (!was_missing) fail("an arrival at a barrier that awaits none");
+}
 
 DEVICE void barrier_wait(u32 bar, u32 parity) {
   const auto has_ended = [=](Barrier& barrier) {

@@ -25,7 +25,9 @@ from qspec_llm.errors import QSpecError
 __all__ = [
     "ARCHITECTURES",
     "Kernel",
+    "addresses",
     "architecture",
+    "arguments",
     "compile_source",
     "kernel",
     "num_multiprocessors",
@@ -195,8 +197,8 @@ class Kernel:
         driver = _bindings("driver")
         config = self._config(driver, (*grid, 1, 1)[:3], block, smem, cluster, pdl, cooperative)
         config.hStream = torch.cuda.current_stream(device).cuda_stream
-        values = [_argument(value) for value in args]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        values = arguments(args)
+        pointers = addresses(values)
         handle = self._handle(device, driver)
         status = driver.cuLaunchKernelEx(config, handle, ctypes.addressof(pointers), 0)
         _checked(status, f"launching {self.function}")
@@ -266,6 +268,16 @@ class Kernel:
             config.attrs, config.numAttrs = attributes, len(attributes)
             self._configs[key] = config
         return self._configs[key]
+
+
+def arguments(args: Sequence[Any]) -> list[Any]:
+    """The arguments of a launch (`Kernel.launch`) as ctypes objects."""
+    return [_argument(value) for value in args]
+
+
+def addresses(values: Sequence[Any]) -> Any:
+    """An array of where ctypes objects lie, for as long as they live."""
+    return (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
 
 
 def _argument(value: Any) -> Any:
