@@ -16,10 +16,9 @@ from qspec_llm.engine.captured import captured
 from qspec_llm.kernels import LayerKV, Rows, available_backends
 from qspec_llm.kernels.cuda.form import Form
 from qspec_llm.kernels.cuda.persistent import (
-    LEAST_SLOTS,
+    LEAST_TILES,
     SMEM,
     STATIC,
-    UNIT,
     Persistent,
     Sizes,
     layout_of,
@@ -324,18 +323,18 @@ def test_models_that_it_does_not_know_run_without_it() -> None:
 
 @pytest.mark.parametrize("name", FORMS_READ)
 def test_shared_memory_has_room(name: str) -> None:
-    assert layout_of(LLAMA_8B, FORMS_READ[name], 132) is not None
+    assert layout_of(LLAMA_8B, FORMS_READ[name], 132, 4096) is not None
     for inner in range(1024, 40960, 64):
         for head_dim, kv_heads in ((64, 8), (128, 8), (128, 40)):
             sizes = replace(LLAMA_8B, inner=inner, head_dim=head_dim, kv_heads=kv_heads)
-            laid = layout_of(sizes, FORMS_READ[name], 132)
+            laid = layout_of(sizes, FORMS_READ[name], 132, 2048)
             if laid is not None:
                 assert laid.smem + STATIC <= SMEM
-                assert laid.slots >= LEAST_SLOTS
+                assert laid.slots * laid.slot_tiles >= LEAST_TILES
 
 
 def test_exact_bf16_tiles_have_no_room() -> None:
-    assert layout_of(LLAMA_8B, Form(bits=16, base_bytes=1056, rest_bytes=3072), 132) is None
+    assert layout_of(LLAMA_8B, Form(bits=16, base_bytes=1056, rest_bytes=3072), 132, 64) is None
 
 
 def frame_sizes(cubin: bytes) -> list[int]:
@@ -354,11 +353,12 @@ def frame_sizes(cubin: bytes) -> list[int]:
     raise AssertionError("no .nv.info")
 
 
-def test_it_compiles(compiled: Compile) -> None:
+@pytest.mark.parametrize("num_keys", [1024, 2048])
+def test_it_compiles(num_keys: int, compiled: Compile) -> None:
     sizes = {"HEAD": 128, "NUM_HEADS": 32, "NUM_KV": 8, "BLOCK_SIZE": 16, "HIDDEN": 4096,
-             "INNER": 14336, "NUM_LAYERS": 32, "NORM_FLOAT": 0, "UNIT": UNIT}  # fmt: skip
+             "INNER": 14336, "NUM_LAYERS": 32, "NORM_FLOAT": 0}  # fmt: skip
     for name, form in FORMS_READ.items():
-        laid = layout_of(LLAMA_8B, form, 132)
+        laid = layout_of(LLAMA_8B, form, 132, num_keys)
         assert laid is not None
         sizes["NORM_FLOAT"] = int(name == "int4")
         top = 0 if form.act == 16 else 7 if name == "draft a4" else 127
@@ -373,12 +373,11 @@ def test_both_sides_lay_shared_memory_out_alike(ratio: int, compiled: Compile) -
     # the kernel asserts it: heads of both sizes, one team with lanes and two, more stages and fewer
     for head_dim, kv_heads, inner in ((64, 8, 1536), (128, 8, 27648), (64, 20, 2112)):
         shape = Sizes(2048, inner, kv_heads * ratio, kv_heads, head_dim)
-        laid = layout_of(shape, FORMS_READ["draft a8"], 132)
+        laid = layout_of(shape, FORMS_READ["draft a8"], 132, kv_heads * 128)
         assert laid is not None
         macros = {
             "HEAD": head_dim, "NUM_HEADS": shape.heads, "NUM_KV": kv_heads, "BLOCK_SIZE": 16,
-            "HIDDEN": 2048, "INNER": inner, "NUM_LAYERS": 2, "NORM_FLOAT": 0, "UNIT": UNIT,
-            "TOP": 127,
+            "HIDDEN": 2048, "INNER": inner, "NUM_LAYERS": 2, "NORM_FLOAT": 0, "TOP": 127,
         }  # fmt: skip
         macros |= FORMS_READ["draft a8"].defines() | laid.defines()
         assert compiled("persistent.cu", "sm_90a", macros)

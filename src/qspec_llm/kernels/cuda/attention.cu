@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
       i += CLUSTER * WARPS;
       if (i >= num_parts) arrive();  // its last reads of other blocks
       float all[2];
-      merge(found, all);
+      merge(found, lane, all);
       const int head = kv_head * RATIO + (m0 + m) % RATIO;
       write(all, first + (m0 + m) / RATIO, head * HEAD + first_col, out, codes, meta, pitch);
     }

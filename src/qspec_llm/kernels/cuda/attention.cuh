@@ -6,8 +6,9 @@
 // change nothing: its result is the same whatever is computed with it.
 //
 // A lane is the work of a team of warps that needs no other one until the merge. Of a unit of keys each
-// warp of a team computes the scores of 16, of the result the columns that are its share; it reads all
-// scores of its queries. Who else shares a lane, or how many lanes a block has, changes no sum. A
+// warp of a team computes the scores and the weights of 16, of the result the columns that are its share; so
+// a team meets twice before it adds values, for its tops and for its weights. A warp that has a lane for
+// itself keeps both in registers. Who else shares a lane, or how many lanes a block has, changes no sum. A
 // lane keeps STAGES units of keys or values in shared memory or on their way.
 //
 // With ROTATE the rows' places and the keys and values before them are read before the rows themselves are
@@ -17,7 +18,7 @@
 // CLUSTER: lanes that meet belong to 1, 2, 4 or 8 groups of threads (blocks, in attention.cu); STAGES;
 // ROTATE 1: q, k, v come unrotated, and keys from the first row's position on come from them; 0: q is ready
 // and every key is in the cache; QUANT_GROUP 0, 32 or 64 and TOP: how the result is quantised. UNIT: keys
-// of a unit, where it is not 16 for each warp that shares a lane.
+// of a unit, whole chunks, where it is not 16 for each warp that shares a lane.
 
 #pragma once
 #include "ptx.cuh"
@@ -43,7 +44,7 @@
 #define UNIT (16 * SHARES)  // keys, or values: half a chunk or whole ones
 #endif
 #ifndef MOST_QUERIES
-#define MOST_QUERIES QUERIES  // that there are at a time; the others' rows of `queries` are zeros, if fewer
+#define MOST_QUERIES QUERIES  // that there are at a time: fewer only with MT 1
 #endif
 #define QUERY_HALVES ((MOST_QUERIES - 1) % 16 / 8 + 1)  // of 16 queries, those that are not all missing
 #define TURNS ((MOST_QUERIES * HALF + THREADS - 1) / THREADS)  // pairs of the queries' columns for a thread
@@ -51,8 +52,9 @@
 #define AT_A_TIME (UNIT / COPIED)  // copies of a thread whose addresses are computed together
 #endif
 #define HALVES (SHARES == 1 ? 2 : 1)
+#define BEGUN (STAGES - (SHARES == 1))  // units asked for before the first is looked at
 #define SPAN (UNIT * HALVES / CHUNK)  // chunks whose keys come in HALVES units, and then their values
-#define SCORES (UNIT + 8)             // pitch of scores that warps exchange
+#define WINDOW (16 / SPAN * SPAN)     // chunks of whose places a lane keeps one at a time
 #define LOG2E 1.4426950408889634f
 #define INFINITE __int_as_float(0x7f800000)
 #define ONES 0x3F803F80u  // two of bf16
@@ -65,13 +67,15 @@ DEVICE u32 rotated_pair(u32 low, u32 high, float c, float s) {
                    __fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s)));
 }
 
+static_assert(UNIT <= 16 * SHARES, "a warp scores 16 keys at a time");
 typedef u16 Unit[UNIT][PITCH];  // keys or values
 
 struct Shared {
-  u16 queries[QUERIES][PITCH];
+  u16 queries[MOST_QUERIES][PITCH];
   float tops[OWN][QUERIES], sums[OWN][QUERIES];  // other blocks read them, and the result
 #if SHARES > 1
-  float scores[OWN][QUERIES][SCORES];
+  float unit_tops[OWN][MOST_QUERIES][(UNIT / 16 + 3) / 4 * 4];  // of 16 keys each
+  u16 weights[OWN][MOST_QUERIES][UNIT + 8];
 #endif
   union {
     Unit ring[OWN][STAGES];
@@ -110,8 +114,7 @@ struct Found {
 };
 
 // The lanes in their order.
-DEVICE void merge(const Found& found, float (&all)[2]) {
-  const int lane = threadIdx.x & 31;
+DEVICE void merge(const Found& found, int lane, float (&all)[2]) {
   const bool is_top = lane % (2 * LANES) < LANES;
   float top = is_top ? found.mine : -INFINITE;
 #pragma unroll
@@ -163,7 +166,7 @@ struct QuantizedPart {
 
   // Four codes, of those that lie at 4 lane of PART.
   DEVICE u32 word() const {
-    const int lane = threadIdx.x & 31;
+    const int lane = this_thread() & 31;
     const u32 mine = (codes[0] & 255) | (codes[1] & 255) << 8;
     const int first = (lane % 8 / 4) * 16 + lane % 4 * 2;
     u32 found = 0;
@@ -222,7 +225,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
   const int mate = thread % (32 * TEAM);     // this thread in its team
   const int stream = rank + team * CLUSTER;  // the lane of chunks
 
-  // where the keys of the stream's next 16 chunks lie: for lane i of a warp, PLACED keys of chunk i / 2
+  // where the keys of the stream's next WINDOW chunks lie: for lane i of a warp, PLACED keys of chunk i / 2
   const i64* table = p.tables + (i64)seq * p.table_stride;
   const auto places_from = [&](int chunk) {
     const int key = (stream + (chunk + lane / 2) * LANES) * CHUNK + lane % 2 * PLACED;
@@ -250,7 +253,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
   const auto fetch_old = [&](int unit) {
     if (unit < num_units) {
       const int chunk = unit / (2 * HALVES) * SPAN, half = unit % HALVES;
-      if (chunk % 16 == 0 && unit % (2 * HALVES) == 0 && unit) places = places_from(chunk);
+      if (chunk % WINDOW == 0 && unit % (2 * HALVES) == 0 && unit) places = places_from(chunk);
       Unit& room = sh.ring[team][unit % STAGES];
       const u32 to = smem_address(&room[mate_row][mate_col]);
       const u16* const cache = unit / HALVES % 2 ? p.value_cache : p.key_cache;
@@ -258,7 +261,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
       for (int n = 0; n < UNIT; n += COPIED) {
         const int at = half * UNIT + n + mate_row;  // of the span's keys
         const int key = (stream + (chunk + at / CHUNK) * LANES) * CHUNK + at % CHUNK;
-        const int slot = __shfl_sync(~0u, places, chunk % 16 * 2 + at / PLACED) + at % PLACED;
+        const int slot = __shfl_sync(~0u, places, chunk % WINDOW * 2 + at / PLACED) + at % PLACED;
         const u16* from = cache + ((i64)slot * NUM_KV + kv_head) * HEAD + mate_col;
         if (key < fresh || key >= context) copy_or_zero(to + n * PITCH * 2, from, key < context);
       }
@@ -307,12 +310,12 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
 
   if (BEGINS) {
 #pragma unroll 1
-    for (int unit = 0; unit < STAGES - 1; unit++) fetch_old(unit);
+    for (int unit = 0; unit < BEGUN; unit++) fetch_old(unit);
     return;
   }
   for (int m0 = 0; m0 < num_queries; m0 += QUERIES) {
     const int count = min(QUERIES, num_queries - m0);
-    if (num_chunks > 16 * LANES) places = places_from(0);
+    if (num_chunks > WINDOW * LANES) places = places_from(0);
     float2 turns[TURNS];
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
@@ -323,7 +326,7 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
       if (ROTATE && m < count) turns[i] = make_float2(p.cosines[turn], p.sines[turn]);
     }
 #pragma unroll 1
-    for (int unit = 0; unit < STAGES - 1 && !has_begun; unit++) fetch_old(unit);
+    for (int unit = 0; unit < BEGUN && !has_begun; unit++) fetch_old(unit);
     has_begun = false;
 #if ROTATE
     // nothing so far was written by kernels that may still run
@@ -341,12 +344,13 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
       }
     }
 #pragma unroll 1
-    for (int unit = 0; unit < STAGES - 1; unit++) add_new(unit);
+    for (int unit = 0; unit < BEGUN; unit++) add_new(unit);
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {
       const int m = (i * THREADS + thread) / HALF, pair = (i * THREADS + thread) % HALF;
       u32 turned = pairs[i];
       if (ROTATE) turned = rotated_pair(turned & 0xFFFF, turned >> 16, turns[i].x, turns[i].y);
+      if (m >= MOST_QUERIES) break;
       sh.queries[m][pair] = (u16)turned;
       sh.queries[m][pair + HALF] = (u16)(turned >> 16);
     }
@@ -360,11 +364,12 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
 
     Partial part = {};
     part.tops[0] = part.tops[1] = -INFINITE;
-    const u32 queries = smem_address(&sh.queries[tile * 16 + (lane & 15)][(lane >> 4) * 8]);
+    // rows of operands: those of queries that cannot be are others', and nobody reads what comes of them
+    const int a_row = min(tile * 16 + (lane & 15), MOST_QUERIES - 1), a_col = (lane >> 4) * 8;
+    const u32 queries = smem_address(&sh.queries[a_row][a_col]);
     const int key_row = (lane & 7) + (lane >> 4) * 8, key_col = (lane >> 3 & 1) * 8;
 
-    float scores[CHUNK / 8][4];
-    u32 weights[CHUNK / 8][2];
+    const int num_halves = count > 8 ? QUERY_HALVES : 1;  // that have queries
     // scores of 16 keys
     const auto score = [&](float (&low)[4], float (&high)[4], u32 keys) {
 #pragma unroll
@@ -378,45 +383,44 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
         mma_bf16(high, a, b[2], b[3]);
       }
     };
-    // weights of a chunk of keys from their scores
-    const auto weigh = [&](int low) {
+    // of keys from `low` on, this thread's that its query sees: i where i <= limit
+    const auto limit_of = [&](int low, int half) { return last_keys[half] - low - 2 * t; };
+    // Scales the scores of keys `at` and at + 1; the higher one.
+    const auto scale_scores = [&](float (&some)[4], int at, int limit, int half) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        if (half && (QUERY_HALVES == 1 || count <= 8)) {  // no query there
+      for (int i = 0; i < 2; i++) {
+        float& score = some[half * 2 + i];
+        score = at + i <= limit ? __fmul_rn(score, factor) : -INFINITE;
+      }
+      return fmaxf(some[half * 2], some[half * 2 + 1]);
+    };
+    const auto top_of_query = [](float top) {
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      return fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    };
+    const auto safe = [](float top) { return top == -INFINITE ? 0.f : top; };
+    // Takes the top of a chunk into the running one; what earlier chunks have added shrinks.
+    const auto raise_top = [&](int half, float top) {
+      top = fmaxf(part.tops[half], top);
+      const float shrink = exp2_of(part.tops[half] - safe(top));
+      part.tops[half] = top;
+      return shrink;
+    };
+    const auto shrink_part = [&](int half, float shrink) {
 #pragma unroll
-          for (int i = 0; i < CHUNK / 8; i++) weights[i][1] = 0;
-          continue;
-        }
-        float top = part.tops[half];
+      for (int i = 0; i < 2; i++) {
+        part.sums[half * 2 + i] = __fmul_rn(part.sums[half * 2 + i], shrink);
 #pragma unroll
-        for (int i = 0; i < CHUNK / 4; i++) {
-          float& score = scores[i / 2][half * 2 + i % 2];
-          const int key = low + i / 2 * 8 + 2 * t + i % 2;
-          score = key <= last_keys[half] ? __fmul_rn(score, factor) : -INFINITE;
-          top = fmaxf(top, score);
-        }
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        const float safe = top == -INFINITE ? 0.f : top;
-        const float shrink = exp2_of(part.tops[half] - safe);
-        part.tops[half] = top;
-#pragma unroll
-        for (int i = 0; i < CHUNK / 8; i++)
-          weights[i][half] = pack_bf16(exp2_of(scores[i][half * 2] - safe),
-                                       exp2_of(scores[i][half * 2 + 1] - safe));
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          part.sums[half * 2 + i] = __fmul_rn(part.sums[half * 2 + i], shrink);
-#pragma unroll
-          for (int col = 0; col < COLS / 8; col++)
-            part.total[col][half * 2 + i] = __fmul_rn(part.total[col][half * 2 + i], shrink);
-        }
+        for (int col = 0; col < COLS / 8; col++)
+          part.total[col][half * 2 + i] = __fmul_rn(part.total[col][half * 2 + i], shrink);
       }
     };
+    // The weights of two keys.
+    const auto weigh = [&](const float (&some)[4], int half, float top) {
+      return pack_bf16(exp2_of(some[half * 2] - safe(top)), exp2_of(some[half * 2 + 1] - safe(top)));
+    };
     // 16 weighted values
-    const auto add = [&](int half, u32 values) {
-      const u32 a[4] = {weights[half * 2][0], weights[half * 2][1], weights[half * 2 + 1][0],
-                        weights[half * 2 + 1][1]};
+    const auto add = [&](const u32 (&a)[4], u32 values) {
 #if COLS == 8
       u32 b[2];
       load_transposed(b, values);
@@ -432,55 +436,116 @@ DEVICE void attend_lanes(Shared& sh, const Attention& p, int rank, int kv_head, 
 #endif
       mma_bf16(part.sums, a, ONES, ONES);
     };
+    // Once all warps of the team are done with a unit.
+    const auto refill = [&](int unit) {
+      fetch_old(unit + STAGES);
+      add_new(unit + STAGES);
+    };
+    const auto keys_of = [&](int unit, int key) {
+      return smem_address(&sh.ring[team][unit % STAGES][key + key_row][key_col]);
+    };
+    const auto values_of = [&](int unit, int key) {
+      return smem_address(
+          &sh.ring[team][unit % STAGES][key + (lane & 15)][share * COLS + (COLS > 8) * (lane >> 4) * 8]);
+    };
 
+#if SHARES == 1
+    float scores[CHUNK / 8][4];
+    u32 weights[CHUNK / 8][2] = {};
+    const u32 at_keys = smem_address(&sh.ring[team][0][key_row][key_col]);
+    const u32 at_values = smem_address(&sh.ring[team][0][lane & 15][(lane >> 4) * 8]);
 #pragma unroll 1
     for (int unit = 0; unit < num_units; unit++) {
       copy_wait<STAGES - 2>();
       meet_team(first_barrier + team);
-      fetch_old(unit + STAGES - 1);  // where the unit before this one was
-      add_new(unit + STAGES - 1);
-      Unit& room = sh.ring[team][unit % STAGES];
-      const int chunk = unit / (2 * HALVES) * SPAN;
-      const u32 values = smem_address(&room[lane & 15][share * COLS + (COLS > 8) * (lane >> 4) * 8]);
-#if SHARES == 1
-      const u32 keys = smem_address(&room[key_row][key_col]);
+      refill(unit - 1);
+      const u32 room = unit % STAGES * sizeof(Unit);
       switch (unit % 4) {
-        case 0: score(scores[0], scores[1], keys); break;
+        case 0: score(scores[0], scores[1], at_keys + room); break;
         case 1:
-          score(scores[2], scores[3], keys);
-          weigh((stream + chunk * LANES) * CHUNK);
-          break;
-        case 2: add(0, values); break;
-        default: add(1, values);
-      }
-#else
-      float* mine = &sh.scores[team][tile * 16 + g][2 * t];
-      if (unit % 2 == 0) {  // each warp the scores of 16 keys; the next turn's meeting is theirs too
-        if (share * 16 < UNIT) {
-          score(scores[0], scores[1], smem_address(&room[share * 16 + key_row][key_col]));
+          score(scores[2], scores[3], at_keys + room);
 #pragma unroll
-          for (int i = 0; i < 2 * QUERY_HALVES; i++)
-            *(float2*)(mine + i / 2 * 8 * SCORES + share * 16 + i % 2 * 8) =
-                make_float2(scores[i % 2][i / 2 * 2], scores[i % 2][i / 2 * 2 + 1]);
-        }
-      } else {
+          for (int half = 0; half < 2; half++) {
+            if (half == num_halves) break;
+            const int limit = limit_of((stream + unit / 4 * LANES) * CHUNK, half);
+            float top = -INFINITE;
+#pragma unroll
+            for (int i = 0; i < CHUNK / 8; i++)
+              top = fmaxf(top, scale_scores(scores[i], i * 8, limit, half));
+            shrink_part(half, raise_top(half, top_of_query(top)));
+#pragma unroll
+            for (int i = 0; i < CHUNK / 8; i++) weights[i][half] = weigh(scores[i], half, part.tops[half]);
+          }
+          break;
+        case 2:
+          add({weights[0][0], weights[0][1], weights[1][0], weights[1][1]}, at_values + room);
+          break;
+        default:
+          add({weights[2][0], weights[2][1], weights[3][0], weights[3][1]}, at_values + room);
+      }
+    }
+#else
+    // A span: warps score 16 keys each; when the tops are known they weigh them; then all take all weights.
+    const bool has_keys = share * 16 < UNIT;
 #pragma unroll 1
+    for (int unit = 0; unit < num_units; unit += 2) {
+      const int chunk = unit / 2 * SPAN;
+      if (unit) copy_wait<STAGES - 2>();
+      else copy_wait<STAGES - 1>();
+      meet_team(first_barrier + team);
+      if (unit) refill(unit - 1);
+      float scores[2][4];
+      if (has_keys) {
+        score(scores[0], scores[1], keys_of(unit, share * 16));
+        const int low = (stream + (chunk + share / 2) * LANES) * CHUNK + share % 2 * 16;
+#pragma unroll
+        for (int half = 0; half < QUERY_HALVES; half++) {
+          if (half == num_halves) break;
+          const int m = tile * 16 + half * 8 + g, limit = limit_of(low, half);
+          const float top = top_of_query(
+              fmaxf(scale_scores(scores[0], 0, limit, half), scale_scores(scores[1], 8, limit, half)));
+          if (t == 0 && m < MOST_QUERIES) sh.unit_tops[team][m][share] = top;
+        }
+      }
+      meet_team(first_barrier + team);
+      refill(unit);
+      float shrinks[SPAN][QUERY_HALVES];
+#pragma unroll
+      for (int half = 0; half < QUERY_HALVES; half++) {
+        if (half == num_halves) break;
+        const int m = min(tile * 16 + half * 8 + g, MOST_QUERIES - 1);
+        float top = 0.f;  // of the chunk that this warp weighs
+#pragma unroll
         for (int i = 0; i < SPAN; i++) {
           if (chunk + i >= num_mine) break;
+          const float2 tops = *(const float2*)&sh.unit_tops[team][m][i * 2];
+          shrinks[i][half] = raise_top(half, fmaxf(tops.x, tops.y));
+          if (i == share / 2) top = part.tops[half];
+        }
+        if (has_keys && m == tile * 16 + half * 8 + g) {
 #pragma unroll
-          for (int j = 0; j < CHUNK / 8 * QUERY_HALVES; j++) {
-            const float2 pair = *(const float2*)(mine + j / 4 * 8 * SCORES + i * CHUNK + j % 4 * 8);
-            scores[j % 4][j / 4 * 2] = pair.x;
-            scores[j % 4][j / 4 * 2 + 1] = pair.y;
-          }
-          weigh((stream + (chunk + i) * LANES) * CHUNK);
-#pragma unroll
-          for (int half = 0; half < 2; half++)
-            add(half, values + (i * CHUNK + half * 16) * PITCH * 2);
+          for (int i = 0; i < 2; i++)
+            *(u32*)&sh.weights[team][m][share * 16 + i * 8 + 2 * t] = weigh(scores[i], half, top);
         }
       }
-#endif
+      copy_wait<STAGES - 1>();
+      meet_team(first_barrier + team);
+#pragma unroll
+      for (int i = 0; i < SPAN; i++) {
+        if (chunk + i >= num_mine) break;
+#pragma unroll
+        for (int half = 0; half < QUERY_HALVES; half++) {
+          if (half < num_halves) shrink_part(half, shrinks[i][half]);
+        }
+#pragma unroll
+        for (int n = 0; n < CHUNK; n += 16) {
+          u32 a[4];
+          load_matrices(a, smem_address(&sh.weights[team][a_row][i * CHUNK + n + a_col]));
+          add(a, values_of(unit + 1, i * CHUNK + n));
+        }
+      }
     }
+#endif
     finish(part, m0, count, first);
   }
 }

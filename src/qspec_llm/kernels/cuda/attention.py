@@ -169,8 +169,8 @@ def _shared_bytes(head_dim: int, tiles: int, cluster: int, stages: int) -> int:
     own, queries, pitch = LANES // cluster, QUERIES * tiles, 2 * (head_dim + 8)
     unit = 16 * (8 // own)  # keys
     ring, result = own * stages * unit * pitch, own * queries * (head_dim + 4) * 4
-    scores = own * queries * (unit + 8) * 4 if own < 8 else 0
-    return queries * pitch + own * queries * 8 + scores + max(ring, result)
+    shared = own * queries * (-(-unit // 64) * 16 + (unit + 8) * 2) if own < 8 else 0
+    return queries * pitch + own * queries * 8 + shared + max(ring, result)
 
 
 @cache

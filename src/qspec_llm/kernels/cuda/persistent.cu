@@ -125,7 +125,7 @@ struct Input {
       if (!words) unpack(*(const uint4*)(s.x + at * 8), values[i]);
     }
     if (words) {
-      uint4 pieces[rounds][2];
+      uint4 pieces[rounds][2] = {};
       if (lane == 0 && warp * 32 < vectors)  // the others leave the L2 to other blocks until then
         look_until_found([&]() { return is_word_of(load_relaxed(words + warp * 256), stamp); });
       __syncwarp();
@@ -217,6 +217,10 @@ struct LaneRoom {
   u16 fresh[(RATIO + 2) * HEAD];  // the row's queries, its key and its value, of one KV head
 };
 
+DEVICE LaneRoom& lane_room() {
+  return *(LaneRoom*)(shared + LANES_AT + (TEAMS - 1 - this_thread() / THREADS) * sizeof(LaneRoom));
+}
+
 DEVICE Attention attention_of(const Step& s, const LayerTable& layer, const Places& places,
                               const u16* fresh, int kv_head) {
   Attention p;
@@ -235,8 +239,9 @@ DEVICE Attention attention_of(const Step& s, const LayerTable& layer, const Plac
 }
 
 // Waits for a KV head's part of q, k, v, and leaves it in a team's shared memory.
-DEVICE void take_fresh(const Step& s, u16* fresh, int kv_head, int thread, u32 stamp) {
+DEVICE void take_fresh(const Step& s, u16* fresh, int kv_head, u32 stamp) {
   constexpr int pieces = HEAD / 4, all = (RATIO + 2) * pieces;
+  const int thread = this_thread() % THREADS;
 #pragma unroll
   for (int first = 0; first < all; first += THREADS) {
     const int i = first + thread;
@@ -254,8 +259,8 @@ DEVICE void take_fresh(const Step& s, u16* fresh, int kv_head, int thread, u32 s
 }
 
 // A team works on one lane of a KV head after the other.
-DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places, LaneRoom& room,
-                   u32 stamp) {
+DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places, u32 stamp) {
+  LaneRoom& room = lane_room();
   const int unit = this_thread() / THREADS, thread = this_thread() % THREADS;
   const int warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const int share = warp % SHARES;
@@ -263,7 +268,7 @@ DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places,
   for (int i = first_lane(); i < NUM_KV * LANES; i += TEAMS * gridDim.x) {
     const int stream = i % LANES, kv_head = i / LANES;
     const auto wait_for_rows = [&]() {
-      take_fresh(s, room.fresh, kv_head, thread, stamp);
+      take_fresh(s, room.fresh, kv_head, stamp);
       meet_unit();
     };
     const auto leave = [&](const Partial& part, int m0, int count) {
@@ -301,7 +306,8 @@ DEVICE void attend(const Step& s, const LayerTable& layer, const Places& places,
 
 // The beginning of this team's first lane on its way into shared memory: keys and values of positions before
 // the row's, which are there long before it is.
-DEVICE void begin_lane(const Step& s, const LayerTable& layer, const Places& places, LaneRoom& room) {
+DEVICE void begin_lane(const Step& s, const LayerTable& layer, const Places& places) {
+  LaneRoom& room = lane_room();
   const int i = first_lane(), thread = this_thread() % THREADS;
   if (i >= NUM_KV * LANES) return;
   const auto nothing = []() {};
@@ -348,7 +354,7 @@ DEVICE void merge_lanes(const Step& s, u32 stamp) {
 #pragma unroll
       for (int n = 0; n < 2; n++) found.values[j][n] = __uint_as_float(pairs[j][n].x);
     float all[2];
-    merge(found, all);
+    merge(found, this_thread() % 32, all);
     const int col = head * HEAD + first_col;
 #if ACT == 8
     const QuantizedPart quantized(all);
@@ -434,8 +440,8 @@ DEVICE void multiply(const Step& s, int at_layer, int linear, const Input& input
   start.row[0] = input.row + l.lane / 8 * 16 + tiles.x * X_TILE;
   start.meta = input.meta + tiles.x * META_TILE;
   int round = 0;
-  for (int panel = own.team; panel < panels_of(linear); panel += Own::stride()) {
-    const int row = panel * TILE_ROWS + mate;  // that this thread finishes, if it is one of the first
+  int row = own.team * TILE_ROWS + mate;  // that this thread finishes, if it is one of the first
+  for (int panels = panels_of(linear) - own.team; panels > 0; panels -= Own::stride()) {
     float before = 0.f;
     if (mate < TILE_ROWS) {
       if (residual) before = __uint_as_float(load_relaxed(residual + row) & 0xFFFF0000u);
@@ -485,6 +491,7 @@ DEVICE void multiply(const Step& s, int at_layer, int linear, const Input& input
       else store_relaxed(out + row, rounded << 16 | stamp);
     }
     round ^= 1;
+    row += Own::stride() * TILE_ROWS;
   }
 }
 
@@ -496,8 +503,6 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) layers(const __grid
   __shared__ Places places;
   __shared__ volatile u32 last_stamp;  // of the pass before
   const u32 sums = smem_address(shared) + SUMS_AT, room = smem_address(shared) + ROW_AT;
-  LaneRoom& lane_room =
-      *(LaneRoom*)(shared + LANES_AT + (TEAMS - 1 - threadIdx.x / THREADS) * sizeof(LaneRoom));
 
   Ring ring;
   ring.slot = ring.parity = 0;
@@ -512,13 +517,9 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) layers(const __grid
   }
   wait_for_earlier_kernels();
   places.read(s);
-  if (first_lane() < NUM_KV * LANES)
-    for (int n = threadIdx.x % THREADS; n < QUERIES * PITCH / 2; n += THREADS)
-      ((u32*)lane_room.shared.queries)[n] = 0;
-
   if (threadIdx.x == 0) last_stamp = *s.counts;
   __syncthreads();
-  begin_lane(s, s.layers[0], places, lane_room);
+  begin_lane(s, s.layers[0], places);
 #pragma unroll 1
   for (int i = 0; i < NUM_LAYERS; i++) {
     const LayerTable& layer = s.layers[i];
@@ -529,8 +530,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) layers(const __grid
       // a block that has no panel does not wait for the row either: nobody would wait for the block
       const bool has_panels = blockIdx.x < panels_of(linear);
       if (linear == ATTENTION_OUT) {
-        attend(s, layer, places, lane_room, stamp);
-        if (i + 1 < NUM_LAYERS) begin_lane(s, s.layers[i + 1], places, lane_room);
+        attend(s, layer, places, stamp);
+        if (i + 1 < NUM_LAYERS) begin_lane(s, s.layers[i + 1], places);
         merge_lanes(s, stamp);
         const u32* gate = (const u32*)(s.lane_stats + this_thread() / 32 % NUM_HEADS * LANES) + 1;
         if (has_panels) input.copy<QUERY>(s.attended, gate, stamp);

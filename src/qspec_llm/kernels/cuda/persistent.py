@@ -28,9 +28,16 @@ __all__ = ["Layout", "Persistent", "Sizes", "layout_of"]
 WARPS, TEAMS = 16, 2  # of a block
 LINEARS = ("qkv", "output", "gate_up", "down")
 WIDEST_NORM = 8192  # columns that one norm of rows.cu reads in a round
-LEAST_SLOTS, MOST_TILES = 3, 6  # of a warp's ring: fewer are slower, more no faster
-STAGES_AND_TILES = ((5, 2), (4, 2), (4, 1), (3, 2), (3, 1))  # the best first
-UNIT = 64  # keys, or values, that a lane of attention takes at a time
+LEAST_TILES, MOST_TILES = 3, 6  # of a warp's ring: fewer and more are slower
+# Layouts to try, the best first (docs/gpu-steps.md): keys, or values, that a lane of attention
+# takes at a time, units of them that it keeps, and tiles of a slot. Integers go tile by tile; what
+# is more work overlaps two.
+LAYOUTS = {
+    8: ((128, 3, 1), (96, 3, 1), (64, 4, 1), (64, 3, 1)),
+    16: ((128, 3, 2), (96, 3, 2), (64, 4, 2), (64, 4, 1), (64, 3, 1)),
+}
+# A lane keeps more of contexts beyond the first and up to the second, three chunks at a time
+LONGER_KEPT, KEPT = (96, 4, 1), (1024, 2048)
 VECTOR_TYPES = {torch.bfloat16, torch.float32}  # of norms' weights and biases
 QUERIES = 16  # that a lane of attention takes at a time
 # Bytes of shared memory a block, and what the kernel declares itself or the system may keep of them
@@ -60,12 +67,14 @@ class Layout:
 
     Attributes:
         teams: those of a block that have room for a lane of attention.
-        stages: units of keys or values that a lane keeps.
+        unit: keys, or values, that a lane of attention takes at a time.
+        stages: units that a lane keeps.
         slots, slot_tiles: of a warp's ring of weights.
         smem: bytes that a launch asks for.
     """
 
     teams: int
+    unit: int
     stages: int
     slots: int
     slot_tiles: int
@@ -75,6 +84,7 @@ class Layout:
         """The kernel's macros."""
         return {
             "LANE_TEAMS": self.teams,
+            "UNIT": self.unit,
             "STAGES": self.stages,
             "SLOTS": self.slots,
             "SLOT_TILES": self.slot_tiles,
@@ -90,31 +100,41 @@ def _row_bytes(sizes: Sizes, form: Form) -> int:
     return tiles * (TILE_COLS * form.act // 8 + scales)
 
 
-def _lane_bytes(sizes: Sizes, stages: int) -> int:
+def _lane_bytes(sizes: Sizes, unit: int, stages: int) -> int:
     """sizeof(LaneRoom) of persistent.cu."""
-    head_dim = sizes.head_dim
+    head_dim, num_queries = sizes.head_dim, sizes.heads // sizes.kv_heads
     pitch = 2 * (head_dim + 8)
-    ring, result = stages * UNIT * pitch, QUERIES * (head_dim + 4) * 4
-    fresh = (sizes.heads // sizes.kv_heads + 2) * head_dim * 2
-    return QUERIES * (pitch + 8 + (UNIT + 8) * 4) + max(ring, result) + fresh
+    ring, result = stages * unit * pitch, QUERIES * (head_dim + 4) * 4
+    fresh = (num_queries + 2) * head_dim * 2
+    shared = num_queries * (pitch + -(-unit // 64) * 16 + (unit + 8) * 2)
+    return shared + QUERIES * 8 + max(ring, result) + fresh
 
 
 @cache
-def layout_of(sizes: Sizes, form: Form, multiprocessors: int) -> Layout | None:
+def layout_of(sizes: Sizes, form: Form, multiprocessors: int, num_keys: int) -> Layout | None:
     """Shared memory of a block; None: it has no room.
 
     The row and the teams' lanes of attention have room of their own; weights on their way get what
     is left.
+
+    Args:
+        sizes: of the model.
+        form: how the view reads the weights.
+        multiprocessors: of the GPU, a block each.
+        num_keys: that the block table has room for.
     """
     teams = min(TEAMS, math.ceil(sizes.kv_heads * LANES / multiprocessors))
     tile = form.base_bytes + form.rest_bytes
     sums = 2 * TEAMS * TILE_ROWS * 8 * 4
-    for stages, slot_tiles in STAGES_AND_TILES:
-        room = _row_bytes(sizes, form) + teams * _lane_bytes(sizes, stages)
+    layouts = LAYOUTS[form.act]
+    if form.act == 8 and KEPT[0] < num_keys <= KEPT[1]:
+        layouts = (LONGER_KEPT, *layouts)
+    for unit, stages, slot_tiles in layouts:
+        room = _row_bytes(sizes, form) + teams * _lane_bytes(sizes, unit, stages)
         slot = WARPS * (slot_tiles * tile + 8)
         slots = min((SMEM - STATIC - sums - room) // slot, MOST_TILES // slot_tiles)
-        if slots >= LEAST_SLOTS:
-            return Layout(teams, stages, slots, slot_tiles, slots * slot + sums + room)
+        if slots * slot_tiles >= LEAST_TILES:
+            return Layout(teams, unit, stages, slots, slot_tiles, slots * slot + sums + room)
     return None
 
 
@@ -205,9 +225,9 @@ class Persistent:
         is_one = rows.positions.shape[0] == 1 and rows.contexts.shape[0] == 1
         if rows.is_prompt or not is_one or block_size % PLACED:
             return None
-        return layout_of(
-            self._sizes, self._form(view), num_multiprocessors(rows.positions.device.index)
-        )
+        num_keys = rows.block_tables.shape[1] * block_size
+        multiprocessors = num_multiprocessors(rows.positions.device.index)
+        return layout_of(self._sizes, self._form(view), multiprocessors, num_keys)
 
     def __call__(
         self, x: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View, laid: Layout
@@ -246,7 +266,6 @@ class Persistent:
             NUM_LAYERS=len(decoder.layers),
             NORM_FLOAT=int(decoder.layers[0].input_norm.dtype is torch.float32),
             TOP=0 if form.act == 16 else TOP_OF[view.activation],
-            UNIT=UNIT,
             **laid.defines(),
         )
         grid = (num_multiprocessors(x.device.index),)

@@ -14,8 +14,11 @@ struct Feed {
 extern __shared__ __align__(128) u8 shared[];
 __shared__ Feed feeds[ALL_WARPS];
 
-// A value that all lanes hold, in a way that says so.
-DEVICE int same(int value) { return __shfl_sync(~0u, value, 0); }
+// A value that all lanes hold, in a way that says so. What they read it from may be written afterwards.
+DEVICE int same(int value) {
+  __syncwarp();
+  return __shfl_sync(~0u, value, 0);
+}
 
 // What follows from which warp this is.
 struct Own {
