@@ -42,7 +42,7 @@ struct Lane {
 
 DEVICE Lane my_lane() {
   Lane l;
-  l.lane = threadIdx.x % 32;
+  l.lane = this_thread() % 32;
   l.g = l.lane / 4, l.t = l.lane % 4;
   const int at = GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.lane % 16) * 2;
   l.scales = scale_at(0, 0, 0) + at - l.lane * 16;
@@ -173,12 +173,16 @@ DEVICE void reload(Weights (&w)[RT], const Stream (&next)[RT], const Lane& l, in
 
 #if ACT == 8
 // Codes of the upper rows lie in the high nibbles and are multiplied where they are, as 16 times
-// themselves: a scale of 1/16 makes up for it exactly.
+// themselves: a scale of 1/16 makes up for it exactly. Whole bytes are multiplied, where their products fit:
+// what the lower rows have added is known.
 #define UPPER 16
+#define WHOLE_BYTES (BITS == 4)
 
-// An integer below 2^22 in size that was added to this is the mantissa of a float.
+// An integer below 2^22 in size that was added to this is the mantissa of a float: 128 products of a byte and
+// an int8 are.
 #define MAGIC_BITS 0x4B400000
-#define MAGIC 12582912.f
+
+DEVICE float from_magic(int value, int zero) { return __int_as_float(value) - __int_as_float(MAGIC_BITS + zero); }
 
 // Integer products of a subgroup of columns, then one float accumulation with both scales.
 DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], const Activations& x,
@@ -198,8 +202,8 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
 #pragma unroll
     for (int r = 0; r < RT; r++) {
       const uint4 q4 = w[r].q4[h];
-      bytes_of(a[r][0], to_unsigned(q4.x), to_unsigned(q4.y), 0);
-      bytes_of(a[r][1], to_unsigned(q4.z), to_unsigned(q4.w), 0);
+      bytes_of<WHOLE_BYTES>(a[r][0], to_unsigned(q4.x), to_unsigned(q4.y), 0);
+      bytes_of<WHOLE_BYTES>(a[r][1], to_unsigned(q4.z), to_unsigned(q4.w), 0);
 #if BITS == 8
       const uint4 r4 = w[r].r4[h];
       bytes_of(fine[r][0], r4.x, r4.y, 0);
@@ -245,10 +249,10 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
       for (int r = 0; r < RT; r++) {
 #pragma unroll
         for (int n = 0; n < NT; n++) {
+#if BITS == 8
           const int z0 = -LEVEL_ZERO * sum[n][0], z1 = -LEVEL_ZERO * sum[n][1];
           const int upper0 = -LEVEL_ZERO * UPPER * sum[n][0];
           const int upper1 = -LEVEL_ZERO * UPPER * sum[n][1];
-#if BITS == 8
           int high[4] = {0, 0, 0, 0};
           int d[4] = {z0, z1, upper0, upper1};
 #pragma unroll
@@ -260,14 +264,17 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
 #pragma unroll
           for (int i = 0; i < 4; i += NEXT_SUM) product[i] = (float)(d[i] + 16 * high[i]);
 #else
-          int d[4] = {MAGIC_BITS + z0, MAGIC_BITS + z1, MAGIC_BITS + upper0, MAGIC_BITS + upper1};
+          int d[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 #pragma unroll
           for (int step = sub * (SUBGROUP / 32); step < (sub + 1) * (SUBGROUP / 32); step++) {
             mma_u8s8(d, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
           }
           float product[4];
 #pragma unroll
-          for (int i = 0; i < 4; i += NEXT_SUM) product[i] = __int_as_float(d[i]) - MAGIC;
+          for (int i = 0; i < 2; i += NEXT_SUM) {
+            product[i] = from_magic(d[i], LEVEL_ZERO * sum[n][i]);
+            product[i + 2] = from_magic(d[i + 2], LEVEL_ZERO * (UPPER + 1) * sum[n][i]) - product[i];
+          }
 #endif
 #pragma unroll
           for (int i = 0; i < 4; i += NEXT_SUM) {

@@ -82,13 +82,15 @@ DEVICE u32 to_unsigned(u32 codes) {
 #endif
 }
 
-// Byte operands of mma.m16n8k32 from two words: u of rows g, and of rows g + 8 moved right by `shift`.
+// Byte operands of mma.m16n8k32 from two words: u of rows g, and of rows g + 8 moved right by `shift`. With
+// IS_WHOLE 16 times those of rows g + 8, and those of rows g besides.
+template <bool IS_WHOLE = false>
 DEVICE void bytes_of(u32 (&a)[4], u32 first, u32 second, int shift) {
   const u32 upper = shift ? 0x0F0F0F0Fu : 0xF0F0F0F0u;
   a[0] = first & 0x0F0F0F0Fu;
-  a[1] = (first >> shift) & upper;
+  a[1] = IS_WHOLE ? first : (first >> shift) & upper;
   a[2] = second & 0x0F0F0F0Fu;
-  a[3] = (second >> shift) & upper;
+  a[3] = IS_WHOLE ? second : (second >> shift) & upper;
 }
 
 // Two nibbles 16 bits apart as the bf16 pair 128 + nibble.
