@@ -1,4 +1,4 @@
-"""Launches of direct.cu: generated rows, 8 or 16 at a time."""
+"""Launches of direct.cu: generated rows, 8, 16 or 24 at a time."""
 
 import ctypes
 import math
@@ -12,10 +12,20 @@ from qspec_llm.kernels.cuda.compile import Kernel, architecture, kernel
 from qspec_llm.kernels.cuda.form import Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
 
-__all__ = ["Cut", "Device", "Tuning", "cut", "instance", "multiply", "sharers", "tuning"]
+__all__ = [
+    "Cut",
+    "Device",
+    "Tuning",
+    "cut",
+    "instance",
+    "keeps_x",
+    "multiply",
+    "sharers",
+    "tuning",
+]
 
 RANGES = 8  # of columns, a warp each; the order of every sum follows from it
-WIDEST = 2  # tiles of 8 tokens
+WIDEST = 3  # tiles of 8 tokens
 MOST_BUFFERS = 8  # of x, a warp
 RESERVED = 1 << 10  # bytes of shared memory that the system keeps of every block
 MULTICASTS = ("sm_90a", "sm_100")  # where one copy reaches several blocks at full speed
@@ -51,6 +61,9 @@ def tuning(form: Form, token_tiles: int, row_tiles: int) -> Tuning:
     several smaller ones, which share it unevenly with those of the next kernel; a long matrix is
     faster with more warps.
     """
+    has_registers = form.bits == 4 and not form.has_offset and not form.has_middle
+    if token_tiles > 2 and not has_registers:
+        return Tuning(rows=1, depth=2, blocks=1, lead=2)
     if token_tiles > 1:
         return Tuning(rows=2, depth=2, blocks=1, lead=2)
     if form.rest_bytes or form.bits == 0:
@@ -111,7 +124,7 @@ def cut(
     Args:
         form: of the weights.
         chosen: the instance.
-        tokens: rows of x that a block reads, up to 16.
+        tokens: rows of x that a block reads, up to 24.
         row_tiles: tiles of 16 rows of the matrix.
         col_tiles: tiles of 128 columns.
         device: what it runs on.
@@ -192,11 +205,29 @@ def instance(form: Form, token_tiles: int, chosen: Tuning, cluster: int = 1) -> 
     )
 
 
+def _token_tiles(num_tokens: int) -> int:
+    """Tiles of 8 tokens of a block, of which each takes an equal share."""
+    return math.ceil(num_tokens / math.ceil(num_tokens / (8 * WIDEST)) / 8)
+
+
+def keeps_x(product: Product) -> bool:
+    """Whether all tokens go at once, and stay in shared memory: then nothing is faster (Hopper)."""
+    num_tokens = product.values.shape[0]
+    row_tiles, col_tiles = product.weight.base.shape[:2]
+    token_tiles = _token_tiles(num_tokens)
+    tuned = tuning(product.form, token_tiles, row_tiles)
+    device = _device(product.out.device.index)
+    return (
+        num_tokens <= 8 * WIDEST
+        and cut(product.form, tuned, num_tokens, row_tiles, col_tiles, device).keeps_x
+    )
+
+
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
     """Compute a product; `chosen` is an instance other than the measured best."""
     num_tokens, num_cols = product.values.shape
     row_tiles, col_tiles = product.weight.base.shape[:2]
-    token_tiles = min(math.ceil(num_tokens / 8), WIDEST)
+    token_tiles = _token_tiles(num_tokens)
     tuned = chosen or tuning(product.form, token_tiles, row_tiles)
     tokens = min(num_tokens, 8 * token_tiles)
     device = _device(product.out.device.index)

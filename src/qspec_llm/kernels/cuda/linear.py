@@ -1,9 +1,9 @@
 """Linears of the cuda backend: x times packed weights.
 
 Two classes of kernels, each row independent in itself (kernels/__init__.py): generated rows go
-through direct.cu or, from 17 on and where there are warpgroup products, wide.cu, which sums in the
-same order; prompt rows multiply with decoded weights (prompt.py). Activations are bf16 or a draft's
-integers; sums are float32.
+through direct.cu or, where they are too many for it and there are warpgroup products, wide.cu,
+which sums in the same order; prompt rows multiply with decoded weights (prompt.py). Activations are
+bf16 or a draft's integers; sums are float32.
 """
 
 import torch
@@ -125,7 +125,8 @@ def _generated(
         out=out,
         pdl=pdl,
     )
-    if wide.can_run(values.shape[0], weight.base.device.index):
+    is_wide = wide.can_run(values.shape[0], weight.base.device.index)
+    if is_wide and not direct.keeps_x(product):
         wide.multiply(product)  # `chosen` is an instance of direct.cu
     else:
         direct.multiply(product, chosen)
