@@ -1,6 +1,7 @@
 """Steps to be timed: their rows, and a call as a CUDA graph, which is how cycles run it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,16 +25,26 @@ def rows_after(context: int, num_rows: int, num_sequences: int = 1) -> Rows:
     )
 
 
+class _Captured:
+    """A graph and the call that it was made of, whose tensors it reads."""
+
+    def __init__(self, graph: Any, call: Callable[[], object]) -> None:
+        self._graph, self._call = graph, call
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
 def captured(call: Callable[[], object]) -> Callable[[], None]:
     """Capture what `call` launches; the result replays it and does not wait.
 
     Args:
-        call: run once as it is before, so that its kernels are compiled and loaded. What it reads
-            and writes must stay where it is for as long as the result lives.
+        call: run once as it is before, so that its kernels are compiled and loaded. What it holds
+            lives on in the result; what else it reads and writes must stay where it is as long.
     """
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return _Captured(graph, call)
