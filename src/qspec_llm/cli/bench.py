@@ -300,24 +300,27 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
             argparse.Namespace(**{**vars(args), "targets": [target]}),
             checkpoint,
             read_config(checkpoint),
-            args.context
-            + args.max_tokens
-            + synthetic.tokens_before(max(args.batches), args.context, args.gamma),
+            args.context + _synthetic_tokens(args, max(args.batches)),
         )
+        decoder, view = decoders[target], draft_view(Activation(args.draft))
         for batch in args.batches:
+            costs = synthetic.costs_of(decoder, view, batch) if args.gamma == "auto" else None
             plain, again, drafted = (
                 synthetic.synthetic_decode(
-                    decoders[target],
-                    draft_view(Activation(args.draft)),
+                    decoder,
+                    view,
                     batch=batch,
                     gamma=gamma,
                     context=args.context,
-                    num_tokens=args.max_tokens,
+                    num_tokens=_synthetic_tokens(args, batch),
                     chance=chance,
+                    rounds=args.rounds,
+                    costs=costs,
                 )
                 for gamma in (0, 0, args.gamma)
             )
             speedup = drafted.tokens_per_second / plain.tokens_per_second
+            expected = drafted.expected_speed(chance)
             aa_ratio = again.tokens_per_second / plain.tokens_per_second
             for run in (plain, again, drafted):
                 runs.append({"target": target, "draft": args.draft, **asdict(run)})
@@ -329,10 +332,14 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
                         f"{run.host_share:.1%}"
                     )
             runs[-1] |= {"speedup": speedup, "aa_ratio": aa_ratio}
+            on_average = ""
+            if expected is not None:
+                runs[-1]["expected_speedup"] = expected / plain.tokens_per_second
+                on_average = f" ({runs[-1]['expected_speedup']:.2f}x with a coin of average luck)"
             if not args.json:
                 print(
                     f"{SYNTHETIC} {chance}: {target} batch {batch}: gamma {args.gamma} is "
-                    f"{speedup:.2f}x of plain, A/A {aa_ratio:.3f}"
+                    f"{speedup:.2f}x of plain{on_average}, A/A {aa_ratio:.3f}"
                 )
     return {
         "model": args.shape,
@@ -342,6 +349,13 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
         "note": f"{SYNTHETIC} {chance}, random weights: a speed, not a model's output",
         "runs": runs,
     }
+
+
+def _synthetic_tokens(args: argparse.Namespace, batch: int) -> int:
+    """Of each answer, plain or not, so that contexts are as long in both."""
+    before = (synthetic.tokens_before(batch, args.context, gamma) for gamma in (0, args.gamma))
+    tokens: int = args.max_tokens + max(before)
+    return tokens
 
 
 def _show_decode(name: str, target: str, gamma: Gamma, result: decode.TargetResult) -> None:

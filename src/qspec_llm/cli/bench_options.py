@@ -70,6 +70,9 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     decode.add_argument(
         "--batches", type=int, nargs="+", default=[1], metavar="N", help="with --shape"
     )
+    decode.add_argument(
+        "--rounds", type=int, default=1, metavar="N", help="of other requests each, with --shape"
+    )
     decode.add_argument("--max-tokens", type=int, default=64, metavar="N")
     decode.add_argument("--gamma", type=draft_length, default=2, metavar="N")
     decode.add_argument("--max-batch", type=int, default=1, metavar="N")
