@@ -208,6 +208,10 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
             "--shape and --synthetic-acceptance belong together: random weights accept nothing "
             "by themselves, and a real model needs no coin"
         )
+    if args.rounds < 1 or (args.rounds > 1 and not is_random):
+        raise QSpecError(
+            f"--rounds {args.rounds}: give 1 or, with --shape and --synthetic-acceptance, more"
+        )
     if is_random:
         return _decode_synthetic(args)
     if (args.model is None) == (args.enlarge is None) or args.prompt_file is None:
