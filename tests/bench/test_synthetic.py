@@ -6,9 +6,9 @@ from qspec_llm.bench.synthetic import SyntheticRun, tokens_before
 from qspec_llm.engine.engine import Gamma
 
 
-@pytest.mark.parametrize("gamma", [1, 4, "auto"])
+@pytest.mark.parametrize("gamma", [1, 4, 16, "auto"])
 def test_answers_outlast_the_reading_of_all_prompts(gamma: Gamma) -> None:
-    for batch in (1, 8, 32):
+    for batch in (1, 8, 32, 64, 128):
         assert tokens_before(batch, 1024, gamma) > tokens_before(batch, 1024, 0)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qspec_llm.engine.costs import COST_TOKENS, StepCosts, measure_costs
-from qspec_llm.engine.engine import MAX_ROWS, Engine, Gamma
+from qspec_llm.engine.engine import MAX_GAMMA, MAX_ROWS, Engine, Gamma
 from qspec_llm.engine.gamma import TOP_GAMMA, expected_tokens
 from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
@@ -62,7 +62,9 @@ class _NoText:
 def tokens_before(batch: int, context: int, gamma: Gamma) -> int:
     """Most tokens that the first request makes before all prompts are read and the clock starts."""
     rows = _most_drafts(gamma) + 1
-    return rows * (-(-batch * context // (MAX_ROWS - batch * rows)) + WARM_UP_STEPS)
+    # while the last prompt is read, all others generate
+    free = max(MAX_ROWS, batch * (MAX_GAMMA + 1)) - (batch - 1) * rows
+    return rows * (-(-batch * context // free) + WARM_UP_STEPS)
 
 
 def _most_drafts(gamma: Gamma) -> int:

@@ -119,7 +119,8 @@ def measure_costs(
         budget: seconds that this may take, roughly; slow models are measured at fewer points.
     """
     capacity = runner.kv[0].keys.shape[0] - max(GAMMAS) - 2
-    long = min(LONG, capacity, runner.decoder.config.context_length - max(GAMMAS) - 2)
+    num_positions = runner.decoder.cos.shape[0]  # that it has angles for
+    long = min(LONG, capacity, num_positions - max(GAMMAS) - 2)
     short = min(SHORT, long)
     is_on_gpu = runner.decoder.ops.device.type == "cuda"
     steps = _CapturedSteps(runner, view) if is_on_gpu else _Steps(runner, tokenizer, view)
@@ -137,6 +138,9 @@ def measure_costs(
                 cases["verify", size, gamma, short] = _bind(steps.verify, size, gamma, short)
     cases["draft", 1, long] = _bind(steps.draft, 1, long)
     cases["verify", 1, 0, long] = _bind(steps.verify, 1, 0, long)
+    if is_on_gpu:  # kernels are compiled, graphs captured
+        for call in cases.values():
+            call()
     seconds = {key: one / steps.repeats for key, one in _measure(cases, budget).items()}
     more_keys = max(long - short, 1)
     verify_per_key = max(seconds["verify", 1, 0, long] - seconds["verify", 1, 0, short], 0)

@@ -6,7 +6,7 @@
     layout.py      how stored tensors are arranged, and back
     linear.py      linears: checks, and which kernel computes them
     direct.py      generated rows (direct.cu); form.py: how a view reads a tensor
-    wide.py        generated rows from 17 on, on Hopper (wide.cu)
+    wide.py        more of them, on Hopper (wide.cu)
     activations.py, tables.py, prompt.py   quantisation; embedding rows; prompt rows
     check.py       every kernel of a model against the reference, when it is loaded
     matrices.py    the linears' kernels, or the reference's arithmetic for what they do not take
@@ -14,6 +14,7 @@
     attention.py   RoPE, the write of K and V, and attention of generated rows (attention.cu)
     ops.py         the operations of the contract, one by one
     step.py        a whole forward pass with fused kernels, equal to the operations bit for bit
+    persistent.py  all layers of a row in one kernel, on Hopper (persistent.cu), likewise
 
 NVIDIA GPUs from Ampere on. Importing this package, or anything in it but `backend`, needs no GPU.
 """

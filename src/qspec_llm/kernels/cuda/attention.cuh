@@ -7,7 +7,7 @@
 //
 // A lane is the work of a team of warps that needs no other one until the merge. Of a unit of keys each
 // warp of a team computes the scores and the weights of 16, of the result the columns that are its share; so
-// a team meets twice before it adds values, for its tops and for its weights. A warp that has a lane for
+// a team meets for its tops and for its weights before it adds values. A warp that has a lane for
 // itself keeps both in registers. Who else shares a lane, or how many lanes a block has, changes no sum. A
 // lane keeps STAGES units of keys or values in shared memory or on their way.
 //

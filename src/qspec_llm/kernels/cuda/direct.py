@@ -1,4 +1,4 @@
-"""Launches of direct.cu: generated rows, 8, 16 or 24 at a time."""
+"""Launches of direct.cu: generated rows, 8 or 16 at a time, or up to 24 that all stay at hand."""
 
 import ctypes
 import math
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 RANGES = 8  # of columns, a warp each; the order of every sum follows from it
-WIDEST = 3  # tiles of 8 tokens
+WIDEST, WIDEST_KEPT = 2, 3  # tiles of 8 tokens; the latter where x stays in shared memory
 MOST_BUFFERS = 8  # of x, a warp
 RESERVED = 1 << 10  # bytes of shared memory that the system keeps of every block
 MULTICASTS = ("sm_90a", "sm_100")  # where one copy reaches several blocks at full speed
@@ -118,8 +118,10 @@ class Cut:
 @cache
 def cut(
     form: Form, chosen: Tuning, tokens: int, row_tiles: int, col_tiles: int, device: Device
-) -> Cut:
+) -> Cut | None:
     """Blocks of equal work on every multiprocessor, and as much x at hand as there is room for.
+
+    None: there is no room for any.
 
     Args:
         form: of the weights.
@@ -148,6 +150,8 @@ def cut(
         return math.ceil(num_blocks / (device.multiprocessors * blocks)) * (blocks + 0.25)
 
     fitting = [b for b in range(1, chosen.blocks + 1) if buffer_bytes(1) <= room(b)]
+    if not fitting:
+        return None
     blocks = min(fitting, key=cost)
     pieces = math.ceil(most / min(most, chosen.piece))
     piece = math.ceil(most / pieces)
@@ -205,33 +209,29 @@ def instance(form: Form, token_tiles: int, chosen: Tuning, cluster: int = 1) -> 
     )
 
 
-def _token_tiles(num_tokens: int) -> int:
-    """Tiles of 8 tokens of a block, of which each takes an equal share."""
-    return math.ceil(num_tokens / math.ceil(num_tokens / (8 * WIDEST)) / 8)
-
-
 def keeps_x(product: Product) -> bool:
-    """Whether all tokens go at once, and stay in shared memory: then nothing is faster (Hopper)."""
+    """Whether 17 to 24 tokens go at once, and stay in shared memory: nothing is faster (Hopper)."""
     num_tokens = product.values.shape[0]
+    if not 8 * WIDEST < num_tokens <= 8 * WIDEST_KEPT:
+        return False
     row_tiles, col_tiles = product.weight.base.shape[:2]
-    token_tiles = _token_tiles(num_tokens)
-    tuned = tuning(product.form, token_tiles, row_tiles)
+    tuned = tuning(product.form, WIDEST_KEPT, row_tiles)
     device = _device(product.out.device.index)
-    return (
-        num_tokens <= 8 * WIDEST
-        and cut(product.form, tuned, num_tokens, row_tiles, col_tiles, device).keeps_x
-    )
+    laid = cut(product.form, tuned, num_tokens, row_tiles, col_tiles, device)
+    return laid is not None and laid.keeps_x
 
 
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
     """Compute a product; `chosen` is an instance other than the measured best."""
     num_tokens, num_cols = product.values.shape
     row_tiles, col_tiles = product.weight.base.shape[:2]
-    token_tiles = _token_tiles(num_tokens)
+    widest = WIDEST_KEPT if keeps_x(product) else WIDEST
+    token_tiles = min(math.ceil(num_tokens / 8), widest)
     tuned = chosen or tuning(product.form, token_tiles, row_tiles)
     tokens = min(num_tokens, 8 * token_tiles)
     device = _device(product.out.device.index)
     laid = cut(product.form, tuned, tokens, row_tiles, col_tiles, device)
+    assert laid is not None, "two tiles of tokens fit into the smallest shared memory"
     rest, bias, meta = product.rest, product.bias, product.meta
     problem = _Problem(
         x=product.values.data_ptr(),

@@ -36,7 +36,8 @@ LAYOUTS = {
     8: ((128, 3, 1), (96, 3, 1), (64, 4, 1), (64, 3, 1)),
     16: ((128, 3, 2), (96, 3, 2), (64, 4, 2), (64, 4, 1), (64, 3, 1)),
 }
-# A lane keeps more of contexts beyond the first and up to the second, three chunks at a time
+# Of block tables for more keys than the first and as many as the second, a lane keeps more where it
+# takes three chunks at a time; cycles' tables double in length
 LONGER_KEPT, KEPT = (96, 4, 1), (1024, 2048)
 VECTOR_TYPES = {torch.bfloat16, torch.float32}  # of norms' weights and biases
 QUERIES = 16  # that a lane of attention takes at a time

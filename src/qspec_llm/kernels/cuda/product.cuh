@@ -182,7 +182,10 @@ DEVICE void reload(Weights (&w)[RT], const Stream (&next)[RT], const Lane& l, in
 // an int8 are.
 #define MAGIC_BITS 0x4B400000
 
-DEVICE float from_magic(int value, int zero) { return __int_as_float(value) - __int_as_float(MAGIC_BITS + zero); }
+// `value`, to which that was added, less `zero`.
+DEVICE float from_magic(int value, int zero) {
+  return __int_as_float(value) - __int_as_float(MAGIC_BITS + zero);
+}
 
 // Integer products of a subgroup of columns, then one float accumulation with both scales.
 DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], const Activations& x,

@@ -1,4 +1,4 @@
-"""Launches of wide.cu: generated rows from 17 on, up to 160 at a time, on Hopper.
+"""Launches of wide.cu: generated rows, 17 to 160 at a time, on Hopper.
 
 The workspace in which blocks leave the sums of ranges belongs to the device: products of one device
 are launched on one stream at a time, or in graphs that are replayed so.
@@ -27,7 +27,7 @@ __all__ = [
     "tuning",
 ]
 
-LEAST_TOKENS = 17  # below, direct.cu reads the same bytes with less ado
+LEAST_TOKENS = 17  # below, and up to 24 that it keeps at hand, direct.cu has less ado
 MAX_TOKENS = 128  # of a block; more are cut into equal blocks
 WIDEST = 20  # tiles of 8 tokens that a block can hold of bf16, where its registers suffice
 RANGES = 8  # of columns: direct.cu sums in the same ones
