@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qspec_llm.bench.shapes import SHAPES
+from qspec_llm.engine.captured import captured
 from qspec_llm.kernels import Rows
 from qspec_llm.kernels.cuda.activations import quantize
 from qspec_llm.kernels.cuda.direct import Tuning
@@ -101,17 +102,15 @@ def bench(
     memory = torch.ones(READ_BYTES, dtype=torch.uint8, device="cuda")
     results: list[dict[str, Any]] = []
     for count in rows:
-        graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
-        alive = []  # what the graphs read and write
+        graphs: dict[str, tuple[Callable[[], None], int]] = {}
         for name, case in cases.items():
             parts = [[one] for one in linears] if is_apart else []
             for names in [list(linears), *parts]:
                 label = name if len(names) == len(linears) else f"{name}: {names[0]}"
                 repeats = 1 if len(names) == len(linears) else 4
                 run = _runner(case, names, linears, weights[case.target], count)
-                alive.append(run)
-                graphs[label] = (_capture(run, repeats), layers * repeats)
-        graphs["read"] = (_capture(lambda: read_memory(memory), 1), 1)
+                graphs[label] = (captured(run, repeats), layers * repeats)
+        graphs["read"] = (captured(lambda: read_memory(memory)), 1)
         times = _replay({name: graph for name, (graph, _) in graphs.items()}, rounds)
         for name, (_, num_layers) in graphs.items():
             median, least = times[name]
@@ -203,27 +202,15 @@ def _runner(
     return run
 
 
-def _capture(run: Callable[[], None], repeats: int) -> torch.cuda.CUDAGraph:
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            run()
-    return graph
-
-
-def _replay(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, tuple[float, float]]:
+def _replay(graphs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
     """Median and least microseconds of every graph, replayed in turn after three warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     event: Any = torch.cuda.Event
     before, after = event(enable_timing=True), event(enable_timing=True)
     for index in range(3 + rounds):
-        for name, graph in graphs.items():
+        for name, replay in graphs.items():
             before.record()
-            graph.replay()
+            replay()
             after.record()
             after.synchronize()
             if index >= 3:

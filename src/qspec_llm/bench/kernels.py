@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qspec_llm.bench.measure import Advance, gpu_seconds, interleaved
-from qspec_llm.engine.captured import captured
+from qspec_llm.bench.measure import Advance, interleaved
+from qspec_llm.engine.captured import captured, gpu_seconds
 from qspec_llm.kernels import Backend, LayerKV, Packed, Rows, reference
 from qspec_llm.weights.planes import Dense, Planes, Stored
 from qspec_llm.weights.quantize import Recipe, Target, nest
@@ -113,14 +113,9 @@ def _seconds(
     """Median seconds of each call."""
     if ops.device.type != "cuda":
         return interleaved(calls, rounds, advance)
-    graphs = {name: captured(partial(_repeat, call)) for name, call in calls.items()}
+    graphs = {name: captured(call, LAUNCHES) for name, call in calls.items()}
     seconds = interleaved(graphs, rounds, advance, gpu_seconds)
     return {name: value / LAUNCHES for name, value in seconds.items()}
-
-
-def _repeat(call: Callable[[], object]) -> None:
-    for _ in range(LAUNCHES):
-        call()
 
 
 def _error(case: _Case) -> float:

@@ -14,13 +14,12 @@ import torch
 from qspec_llm.engine.emit import Emission
 from qspec_llm.engine.engine import Engine
 
-__all__ = ["Advance", "gpu_seconds", "host_seconds", "interleaved", "run_in_turn", "wake_gpu"]
+__all__ = ["Advance", "host_seconds", "interleaved", "run_in_turn", "wake_gpu"]
 
 _Key = TypeVar("_Key", bound=Hashable)
 Advance = Callable[[], None]  # called after every timed call, for a progress bar
 
 WARM_UP_ROUNDS = 1
-REPEATS = 8  # of a call on a GPU, one after the other
 
 
 def host_seconds(call: Callable[[], object]) -> float:
@@ -28,26 +27,6 @@ def host_seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-def gpu_seconds(call: Callable[[], object]) -> float:
-    """Seconds that the GPU takes for what a call launches, when it follows upon itself.
-
-    A graph on an idle GPU takes some 0.4 ms more until it runs; in cycles that passes while the one
-    before it still does.
-    """
-    begun, done = (
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        for _ in range(2)
-    )
-    call()
-    begun.record()
-    for _ in range(REPEATS):
-        call()
-    done.record()
-    done.synchronize()
-    milliseconds: float = begun.elapsed_time(done)
-    return milliseconds / 1e3 / REPEATS
 
 
 def wake_gpu(calls: Iterable[Callable[[], object]], seconds: float = 1.0) -> None:

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from qspec_llm.bench.measure import Advance, gpu_seconds, host_seconds, interleaved, wake_gpu
-from qspec_llm.engine.captured import captured, rows_after
+from qspec_llm.bench.measure import Advance, host_seconds, interleaved, wake_gpu
+from qspec_llm.engine.captured import captured, gpu_seconds, rows_after
 from qspec_llm.engine.engine import Engine, StepSeconds
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner

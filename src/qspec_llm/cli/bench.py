@@ -10,7 +10,6 @@ from typing import Any
 from qspec_llm.bench import decode, enlarge, kernels, shapes, steps, synthetic
 from qspec_llm.cli.common import progress_bar, read_prompt_file
 from qspec_llm.config import EngineConfig
-from qspec_llm.engine.costs import COST_TOKENS
 from qspec_llm.engine.engine import Engine, Gamma
 from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
@@ -305,7 +304,7 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
             argparse.Namespace(**{**vars(args), "targets": [target]}),
             checkpoint,
             read_config(checkpoint),
-            max(args.context + _synthetic_tokens(args, max(args.batches)), COST_TOKENS),
+            args.context + _synthetic_tokens(args, max(args.batches)),
         )
         decoder, view = decoders[target], draft_view(Activation(args.draft))
         for batch in args.batches:

@@ -21,7 +21,7 @@ import torch
 from qspec_llm import kernels
 from qspec_llm.engine.accept import accept
 from qspec_llm.engine.batch import Batch, Span
-from qspec_llm.engine.captured import captured, rows_after
+from qspec_llm.engine.captured import captured, gpu_seconds, rows_after
 from qspec_llm.engine.draft import Drafts, draft
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
@@ -124,9 +124,10 @@ def measure_costs(
     short = min(SHORT, long)
     is_on_gpu = runner.decoder.ops.device.type == "cuda"
     steps = _CapturedSteps(runner, view) if is_on_gpu else _Steps(runner, tokenizer, view)
+    clock = gpu_seconds if is_on_gpu else _seconds
     steps.verify(1, 0, short)  # buffers are allocated, pages touched
-    plain = _seconds(lambda: steps.verify(1, 0, short))
-    is_slow = plain / steps.repeats * 600 > budget
+    plain = clock(lambda: steps.verify(1, 0, short))
+    is_slow = plain * 600 > budget
     gammas = FEW_GAMMAS if is_slow else GAMMAS
     batches = [1, max_batch] if is_slow else [*(1 << i for i in range(12)), max_batch]
     batches = sorted({size for size in batches if size <= max_batch})
@@ -138,10 +139,7 @@ def measure_costs(
                 cases["verify", size, gamma, short] = _bind(steps.verify, size, gamma, short)
     cases["draft", 1, long] = _bind(steps.draft, 1, long)
     cases["verify", 1, 0, long] = _bind(steps.verify, 1, 0, long)
-    if is_on_gpu:  # kernels are compiled, graphs captured
-        for call in cases.values():
-            call()
-    seconds = {key: one / steps.repeats for key, one in _measure(cases, budget).items()}
+    seconds = _measure(cases, budget, clock)
     more_keys = max(long - short, 1)
     verify_per_key = max(seconds["verify", 1, 0, long] - seconds["verify", 1, 0, short], 0)
     draft_per_key = max(seconds["draft", 1, long] - seconds["draft", 1, short], 0)
@@ -173,26 +171,23 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _measure(
-    cases: Mapping[tuple[Any, ...], Callable[[], object]], budget: float
+    cases: Mapping[tuple[Any, ...], Callable[[], object]],
+    budget: float,
+    clock: Callable[[Callable[[], object]], float],
 ) -> dict[tuple[Any, ...], float]:
     """Median seconds over rounds of all cases, one round at least."""
     started = time.perf_counter()
     seconds: dict[tuple[Any, ...], list[float]] = {key: [] for key in cases}
     for done in range(1, ROUNDS + 1):
         for key, call in cases.items():
-            seconds[key].append(_seconds(call))
+            seconds[key].append(clock(call))
         if (time.perf_counter() - started) * (done + 1) / done > budget:
             break
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
 class _CapturedSteps:
-    """Forward passes as CUDA graphs, which is how cycles run them; sequences share their blocks.
-
-    Each is run some times in a row: an idle GPU takes 0.4 ms more until the first begins.
-    """
-
-    repeats = 8
+    """Forward passes as CUDA graphs, which is how cycles run them; sequences share their blocks."""
 
     def __init__(self, runner: Runner, view: View) -> None:
         self._runner, self._view = runner, view
@@ -210,9 +205,7 @@ class _CapturedSteps:
         key = view, size, num_rows, context
         if key not in self._passes:
             self._passes[key] = captured(self._forward(*key))
-        for _ in range(self.repeats):
-            self._passes[key]()
-        torch.cuda.synchronize()
+        self._passes[key]()
 
     def _forward(self, view: View, size: int, num_rows: int, context: int) -> Callable[[], object]:
         decoder, kv = self._runner.decoder, self._runner.kv
@@ -228,8 +221,6 @@ class _CapturedSteps:
 
 class _Steps:
     """Steps of requests that exist only to be timed; they share their blocks."""
-
-    repeats = 1
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer, view: View) -> None:
         self._runner, self._tokenizer, self._view = runner, tokenizer, view

@@ -125,7 +125,7 @@ struct Input {
       if (!words) unpack(*(const uint4*)(s.x + at * 8), values[i]);
     }
     if (words) {
-      uint4 pieces[rounds][2] = {};
+      uint4 pieces[rounds][2] = {};  // set, or the compiler keeps them in memory
       if (lane == 0 && warp * 32 < vectors)  // the others leave the L2 to other blocks until then
         look_until_found([&]() { return is_word_of(load_relaxed(words + warp * 256), stamp); });
       __syncwarp();
