@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qspec_llm.kernels.cuda.compile import SOURCES, addresses, arguments
 
 EMULATED = Path(__file__).parent / "emulated"  # its ptx.cuh stands for that of the kernels
@@ -48,6 +50,14 @@ def _compiled(source: str, function: str, defines: tuple[tuple[str, str], ...]) 
     emulate = ctypes.CDLL(str(library)).emulate
     emulate.restype = ctypes.c_char_p
     return emulate
+
+
+def tensor_map(matrix: Tensor, box: tuple[int, int]) -> Any:
+    """Stands for `compile.tensor_map`: emulated/ptx.cuh reads it."""
+    assert box[1] * matrix.itemsize == 128
+    row_bytes = matrix.stride(0) * matrix.itemsize
+    words = [matrix.data_ptr(), *matrix.shape, row_bytes, matrix.itemsize, box[0]]
+    return (ctypes.c_uint64 * 16)(*words)
 
 
 class Emulated:

@@ -162,23 +162,6 @@ def test_the_cut_keeps_every_multiprocessor_busy(
         assert (shared == 2) == (tokens >= 3 and laid.grid % 2 == 0)
 
 
-@pytest.mark.parametrize("tokens", [17, 23, 24])
-@pytest.mark.parametrize("act", [8, 16])
-def test_three_tiles_of_tokens_fit_or_are_not_taken(act: int, tokens: int) -> None:
-    read = Form(bits=4, act=act, base_bytes=1056)
-    chosen = direct.tuning(read, 3, 256)
-    for col_tiles in (1, 8, 32, 112):
-        rooms = []
-        for smem in (99 << 10, 227 << 10):
-            device = direct.Device(132, smem + 1024, smem)
-            laid = direct.cut(read, chosen, tokens, 256, col_tiles, device)
-            assert laid is None or laid.smem <= smem
-            rooms.append(laid is not None and laid.keeps_x)
-        assert rooms[1] >= rooms[0]
-        if act == 8 and col_tiles <= 32:
-            assert rooms[1]
-
-
 @gpu
 @pytest.mark.parametrize("num_tokens", [1, 7, 16, 33, 100, 300])
 @pytest.mark.parametrize("view", VIEWS)

@@ -7,6 +7,7 @@ only the GPU tests see. What multiplies by warpgroups is not emulated: wide.cu a
 import platform
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ from helpers_cpu import (
     random_stored,
     some_rows,
 )
-from helpers_emulated import Emulated
+from helpers_emulated import Emulated, tensor_map
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows, reference
@@ -36,9 +37,11 @@ from qspec_llm.kernels.cuda import (
     linear,
     persistent,
     rows,
+    split,
     tables,
 )
-from qspec_llm.kernels.cuda.activations import Quantized
+from qspec_llm.kernels.cuda.activations import Quantized, quantize
+from qspec_llm.kernels.cuda.form import Product, form_of_weight
 from qspec_llm.weights.planes import Planes, verify_weight
 from qspec_llm.weights.quantize import nest_signed16
 from qspec_llm.weights.view import VERIFY, Activation, View
@@ -63,13 +66,19 @@ def emulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(source: str, function: str, **defines: object) -> Emulated:
         return Emulated(source, function, seed, **defines)
 
-    for module in (activations, attention, direct, persistent, rows, tables):
+    for module in (activations, attention, direct, persistent, rows, split, tables):
         monkeypatch.setattr(module, "kernel", kernel)
     monkeypatch.setattr(direct, "instance", direct.instance.__wrapped__)  # not the one of a GPU
     device = direct.Device(MULTIPROCESSORS, 228 << 10, 227 << 10, has_multicast=True)
     monkeypatch.setattr(direct, "_device", lambda _: device)
-    monkeypatch.setattr(linear.wide, "can_run", lambda *_: False)
-    for module in (attention, persistent):
+    for module in (linear.wide, linear.split):
+        monkeypatch.setattr(module, "can_run", lambda *_: False)
+    monkeypatch.setattr(split, "instance", split.instance.__wrapped__)
+    monkeypatch.setattr(split, "tensor_map", tensor_map)
+    monkeypatch.setattr(
+        split, "_slots", lambda _, __, chosen, *___: MULTIPROCESSORS // chosen.split
+    )
+    for module in (attention, persistent, split):
         monkeypatch.setattr(module, "num_multiprocessors", lambda _: MULTIPROCESSORS)
     for module in (attention, rows):
         monkeypatch.setattr(module, "can_overlap", lambda: True)
@@ -123,6 +132,19 @@ def test_norm_and_swiglu() -> None:
         assert_quantizes(activations.quantize(x, activation), x, activation)
 
 
+def product_of(x: Tensor, packed: layout.PackedPlanes, view: View, bias: Tensor | None) -> Product:
+    """What `linear` makes of its arguments, into a poisoned output."""
+    integers = quantize(x, view.activation) if linear.wants_integers(packed, view) else None
+    return Product(
+        form=form_of_weight(packed, view, integers.group if integers else 64),
+        values=integers.codes if integers else x,
+        meta=integers.meta if integers else None,
+        weight=packed,
+        bias=bias,
+        out=torch.full((len(x), packed.shape[0]), torch.nan),
+    )
+
+
 # ---- linears -------------------------------------------------------------------------------------
 
 
@@ -151,6 +173,48 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
     assert_close(together.double(), expected_product(x, stored, VIEWS[view]) + bias, 2e-5)
     for some in (slice(0, 1), slice(2, 7), slice(8, 19)):  # alone, and by pairs of blocks
         assert_same_bits(run(x[some].contiguous()), together[some])
+
+
+@pytest.mark.parametrize(
+    ("form", "view", "group", "chosen", "num_tokens"),
+    [
+        ("signed16", "verify", 128, split.Tuning(rows=1, depth=1, teams=4, split=2), 30),
+        ("signed16", "a8", 128, split.Tuning(rows=2, depth=2, teams=2, split=1, lead=2), 32),
+        ("signed8", "a8", 32, split.Tuning(rows=1, depth=3, teams=2, split=4, piece=1), 41),
+        ("affine4", "verify", 64, split.Tuning(rows=2, depth=1, teams=3, split=8, piece=2), 17),
+        ("affine4_offset", "a8", 128, split.Tuning(rows=1, depth=2, teams=2, split=2), 64),
+        ("signed8", "verify", 32, split.Tuning(rows=1, depth=1, teams=1, split=2), 9),
+    ],
+)
+@pytest.mark.parametrize("room", [227 << 10, 0])
+def test_columns_that_blocks_of_a_cluster_share(
+    form: str,
+    view: str,
+    group: int,
+    chosen: split.Tuning,
+    num_tokens: int,
+    room: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every bit of direct.cu: with all of x in shared memory, and with the smallest rings."""
+    num_cols = 2176 if group == 128 else 1440 if group == 32 else 448  # then there are empty ranges
+    stored = random_stored(form, 240, num_cols, group)
+    packed, bias = layout.pack(stored, "cpu"), gaussian(240, seed=3)
+    assert isinstance(packed, layout.PackedPlanes)
+    product = product_of(gaussian(num_tokens, num_cols, dtype=BF16), packed, VIEWS[view], bias)
+    token_tiles = -(-num_tokens // 8)
+    if not room:
+        most = split.cut(product.form, chosen, token_tiles, packed.base.shape[1])
+        assert most is not None
+        assert most.keeps_x
+        smallest = replace(
+            most, piece=1, slots=2, keeps_x=False, sum_buffers=1, inboxes=1, smem=split.SMEM
+        )
+        monkeypatch.setattr(split, "cut", lambda *_: smallest)
+    split.multiply(product, chosen)
+    same = replace(product, out=torch.full_like(product.out, torch.nan))
+    direct.multiply(same)
+    assert_same_bits(product.out, same.out)
 
 
 @pytest.mark.parametrize("group", [32, 128])

@@ -39,6 +39,11 @@ DEVICE uint4 load_shared4(u32 at) { return shared_value<uint4>(at); }
 DEVICE u32 load_shared_u16(u32 at) { return shared_value<u16>(at); }
 DEVICE float load_shared(u32 at) { return shared_value<float>(at); }
 
+template <int COUNT>
+inline void load_floats(float (&v)[COUNT], u32 at) {
+  memcpy(v, shared_at(at, sizeof v), sizeof v);
+}
+
 template <class T>
 inline void set_shared(u32 at, T value) {
   memcpy(shared_at(at, sizeof value), &value, sizeof value);
@@ -48,6 +53,9 @@ DEVICE void store_shared(u32 at, float value) { set_shared(at, value); }
 DEVICE void store_shared(u32 at, float a, float b) { set_shared(at, make_float2(a, b)); }
 DEVICE void store_shared2(u32 at, uint2 v) { set_shared(at, v); }
 DEVICE void store_shared4(u32 at, uint4 v) { set_shared(at, v); }
+DEVICE void store_shared4(u32 at, const float (&v)[4]) {
+  set_shared(at, make_float4(v[0], v[1], v[2], v[3]));
+}
 DEVICE void zero_shared4(u32 at) { set_shared(at, uint4{}); }
 
 // 8x8 matrices of 16-bit values: lane l of a warp gets two of row l / 4, or of column l / 4.
@@ -189,6 +197,8 @@ DEVICE u32 is_positive_pair(u32 a) {
 
 DEVICE u32 mask_or(u32 a, u32 mask, u32 bits) { return (a & mask) | bits; }
 
+DEVICE u32 mask_xor(u32 a, u32 mask, u32 bits) { return (a & mask) ^ bits; }
+
 DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   const u64 bytes = a | (u64)b << 32;
   u32 result = 0;
@@ -245,6 +255,10 @@ DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 DEVICE void mma_u8s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   product<int, 4>(d, a, b0, b1, d,
                   [](u32 bits, bool is_left) { return is_left ? (int)(u8)bits : (int)(signed char)bits; });
+}
+
+DEVICE void mma_s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  product<int, 4>(d, a, b0, b1, d, [](u32 bits, bool) { return (int)(signed char)bits; });
 }
 
 // ---- kernels that overlap ------------------------------------------------------------------------
@@ -317,6 +331,38 @@ DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 bar, u64 = 0) {
   bulk_load_multicast(to, from, bytes, bar, 1u << this_emulated_block->rank);
 }
 
+// What helpers_emulated.tensor_map writes.
+struct alignas(64) TensorMap {
+  const u8* from;
+  u64 num_rows, num_cols, row_bytes;      // of the matrix
+  u64 value_bytes, box_rows, rest[10];    // of a box, whose rows have 128 bytes
+};
+
+DEVICE void tensor_load(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+  const u32 bytes = (u32)map->box_rows * 128;
+  if (to % 1024) fail("a swizzled box that does not begin at a multiple of 1024 bytes");
+  u8* const there = shared_at(to, 16);
+  if (to + bytes > this_emulated_block->shared_bytes) fail("a bulk copy past the end of shared memory");
+  Block* const block = this_emulated_block;
+  const TensorMap m = *map;
+  const auto arrive = [=]() {
+    for (u32 at = 0; at < bytes; at += m.value_bytes) {
+      const u64 row = y + at / 128, col = x + at % 128 / m.value_bytes;
+      u8* const value = there + (at ^ at / 128 % 8 * 16);
+      if (row < m.num_rows && col < m.num_cols)
+        memcpy(value, m.from + row * m.row_bytes + col * m.value_bytes, m.value_bytes);
+      else
+        memset(value, 0, m.value_bytes);
+    }
+    with_barrier(*block, bar, [=](Barrier& barrier) {
+      if (barrier.arrivals == 0) block->launch->fail("a copy that no barrier counts");
+      barrier.bytes -= bytes;
+      barrier.settle();
+    });
+  };
+  block->bulk_copies.push_back({arrive, block, bar, block->draw() % 2 == 0});
+}
+
 DEVICE bool is_elected() { return this_fiber->thread % 32 == 0; }
 
 DEVICE void bulk_load_by_warp(u32 to, const void* from, u32 bytes, u32 to_more, const void* from_more,
@@ -340,9 +386,45 @@ DEVICE void cluster_wait() {
 
 DEVICE u32 remote_address(u32 at, u32 rank) { return at | (rank + 1) << RANK_AT; }
 
+inline Block& block_at(u32 at) { return *this_emulated_block->cluster->at((at >> RANK_AT) - 1); }
+inline u32 place_at(u32 at) { return at & ((1u << RANK_AT) - 1); }
+
 DEVICE float load_remote(u32 at) {
-  Block& block = *this_emulated_block->cluster->at((at >> RANK_AT) - 1);
   float value;
-  memcpy(&value, shared_at(block, at & ((1u << RANK_AT) - 1), sizeof value), sizeof value);
+  memcpy(&value, shared_at(block_at(at), place_at(at), sizeof value), sizeof value);
   return value;
+}
+
+template <int COUNT>
+inline void store_remote(u32 to, const float (&v)[COUNT], u32 bar) {
+  Block* const block = &block_at(to);
+  if (&block_at(bar) != block) fail("a barrier in another block than what it counts");
+  u8* const there = shared_at(*block, place_at(to), sizeof v);
+  const u32 barrier_there = place_at(bar);
+  std::vector<float> values(v, v + COUNT);
+  const auto arrive = [=]() {
+    memcpy(there, values.data(), COUNT * 4);
+    with_barrier(*block, barrier_there, [=](Barrier& barrier) {
+      barrier.bytes -= COUNT * 4;
+      barrier.settle();
+    });
+  };
+  const bool is_late = this_emulated_block->draw() % 2;
+  this_emulated_block->bulk_copies.push_back({arrive, block, barrier_there, is_late});
+}
+
+DEVICE void barrier_arrive_remote(u32 bar) {
+  const bool was_missing = with_barrier(block_at(bar), place_at(bar), [](Barrier& barrier) {
+    if (barrier.missing == 0) return false;
+    barrier.missing--;
+    barrier.settle();
+    return true;
+  });
+  if (!was_missing) fail("an arrival at a barrier that awaits none");
+}
+
+DEVICE void barrier_wait_cluster(u32 bar, u32 parity) { barrier_wait(bar, parity); }
+
+DEVICE void barrier_arrive(u32 bar) {
+  barrier_arrive_remote(remote_address(bar, (u32)this_emulated_block->rank));
 }

@@ -11,7 +11,7 @@
 // the other block, so each copies every other token, and one of them the scales, into both. Buffers that are
 // filled again a block fills alone, since they may still be read in the other.
 //
-// The number of tokens picks only NT, 1 to 3. Further compile-time parameters (tile.cuh and product.cuh
+// The number of tokens picks only NT, 1 or 2. Further compile-time parameters (tile.cuh and product.cuh
 // have the others): RT, DEPTH, LEAD, BLOCKS (a multiprocessor), CLUSTER change no sum.
 
 #include "product.cuh"

@@ -1,4 +1,4 @@
-"""Launches of direct.cu: generated rows, 8 or 16 at a time, or up to 24 that all stay at hand."""
+"""Launches of direct.cu: generated rows, 8 or 16 at a time."""
 
 import ctypes
 import math
@@ -18,14 +18,13 @@ __all__ = [
     "Tuning",
     "cut",
     "instance",
-    "keeps_x",
     "multiply",
     "sharers",
     "tuning",
 ]
 
 RANGES = 8  # of columns, a warp each; the order of every sum follows from it
-WIDEST, WIDEST_KEPT = 2, 3  # tiles of 8 tokens; the latter where x stays in shared memory
+WIDEST = 2  # tiles of 8 tokens
 MOST_BUFFERS = 8  # of x, a warp
 RESERVED = 1 << 10  # bytes of shared memory that the system keeps of every block
 MULTICASTS = ("sm_90a", "sm_100")  # where one copy reaches several blocks at full speed
@@ -61,9 +60,6 @@ def tuning(form: Form, token_tiles: int, row_tiles: int) -> Tuning:
     several smaller ones, which share it unevenly with those of the next kernel; a long matrix is
     faster with more warps.
     """
-    has_registers = form.bits == 4 and not form.has_offset and not form.has_middle
-    if token_tiles > 2 and not has_registers:
-        return Tuning(rows=1, depth=2, blocks=1, lead=2)
     if token_tiles > 1:
         return Tuning(rows=2, depth=2, blocks=1, lead=2)
     if form.rest_bytes or form.bits == 0:
@@ -126,7 +122,7 @@ def cut(
     Args:
         form: of the weights.
         chosen: the instance.
-        tokens: rows of x that a block reads, up to 24.
+        tokens: rows of x that a block reads, up to 16.
         row_tiles: tiles of 16 rows of the matrix.
         col_tiles: tiles of 128 columns.
         device: what it runs on.
@@ -209,24 +205,11 @@ def instance(form: Form, token_tiles: int, chosen: Tuning, cluster: int = 1) -> 
     )
 
 
-def keeps_x(product: Product) -> bool:
-    """Whether 17 to 24 tokens go at once, and stay in shared memory: nothing is faster (Hopper)."""
-    num_tokens = product.values.shape[0]
-    if not 8 * WIDEST < num_tokens <= 8 * WIDEST_KEPT:
-        return False
-    row_tiles, col_tiles = product.weight.base.shape[:2]
-    tuned = tuning(product.form, WIDEST_KEPT, row_tiles)
-    device = _device(product.out.device.index)
-    laid = cut(product.form, tuned, num_tokens, row_tiles, col_tiles, device)
-    return laid is not None and laid.keeps_x
-
-
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
     """Compute a product; `chosen` is an instance other than the measured best."""
     num_tokens, num_cols = product.values.shape
     row_tiles, col_tiles = product.weight.base.shape[:2]
-    widest = WIDEST_KEPT if keeps_x(product) else WIDEST
-    token_tiles = min(math.ceil(num_tokens / 8), widest)
+    token_tiles = min(math.ceil(num_tokens / 8), WIDEST)
     tuned = chosen or tuning(product.form, token_tiles, row_tiles)
     tokens = min(num_tokens, 8 * token_tiles)
     device = _device(product.out.device.index)

@@ -1,9 +1,9 @@
 """Linears of the cuda backend: x times packed weights.
 
 Two classes of kernels, each row independent in itself (kernels/__init__.py): generated rows go
-through direct.cu or, where they are too many for it and there are warpgroup products, wide.cu,
-which sums in the same order; prompt rows multiply with decoded weights (prompt.py). Activations are
-bf16 or a draft's integers; sums are float32.
+through direct.cu or, where there are several, on Hopper, through split.cu and wide.cu, which sum in
+the same order; prompt rows multiply with decoded weights (prompt.py). Activations are bf16 or a
+draft's integers; sums are float32.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Rows
-from qspec_llm.kernels.cuda import direct, wide
+from qspec_llm.kernels.cuda import direct, split, wide
 from qspec_llm.kernels.cuda.activations import (
     Quantized,
     check_rows,
@@ -125,11 +125,14 @@ def _generated(
         out=out,
         pdl=pdl,
     )
-    is_wide = wide.can_run(values.shape[0], weight.base.device.index)
-    if is_wide and not direct.keeps_x(product):
-        wide.multiply(product)  # `chosen` is an instance of direct.cu
-    else:
+    if chosen:
         direct.multiply(product, chosen)
+    elif split.can_run(product):
+        split.multiply(product)
+    elif wide.can_run(values.shape[0], weight.base.device.index):
+        wide.multiply(product)
+    else:
+        direct.multiply(product)
 
 
 def _room(

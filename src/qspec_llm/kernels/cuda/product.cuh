@@ -8,6 +8,7 @@
 //   RT      tiles of 16 rows that a warp multiplies at a time
 //   ONE_TOKEN       only the first token counts: sums of others are not finished
 //   SHARED_SCALES   tiles lie in shared memory, and scales are read where they are
+//   SWIZZLED        x lies as the copy engine leaves boxes of 128 bytes a token, else in rows
 
 #pragma once
 #include "tile.cuh"
@@ -17,6 +18,10 @@
 #endif
 #ifndef SHARED_SCALES
 #define SHARED_SCALES 0
+#endif
+
+#ifndef SWIZZLED
+#define SWIZZLED 0
 #endif
 
 #define RANGES 8
@@ -76,10 +81,22 @@ struct Stream {
   const u8* rest;
 };
 
-// x of one tile of columns in shared memory: this lane's rows for load_matrices, and its scales.
+// x of one tile of columns in shared memory, as this lane reads it.
 struct Activations {
+#if SWIZZLED
+  // Boxes of TOKENS x 128 bytes from a multiple of 1024 on, in which 16 bytes lie at their place xor token % 8: where
+  // this lane's are of the first token and half of a box. Tokens and boxes further on are constants.
+  u32 even;
+
+  DEVICE u32 at(int n, int bytes) const {
+    return (bytes & 64 ? even ^ 64 : even) + n * 1024 + bytes / 128 * (TOKENS * 128);
+  }
+#else
   u32 row[NT];
-  u32 meta;
+
+  DEVICE u32 at(int n, int bytes) const { return row[n] + bytes; }
+#endif
+  u32 meta;  // its scales and sums
 };
 
 DEVICE void load_half(Weights& w, const Stream& s, int h) {
@@ -173,10 +190,13 @@ DEVICE void reload(Weights (&w)[RT], const Stream (&next)[RT], const Lane& l, in
 
 #if ACT == 8
 // Codes of the upper rows lie in the high nibbles and are multiplied where they are, as 16 times
-// themselves: a scale of 1/16 makes up for it exactly. Whole bytes are multiplied, where their products fit:
-// what the lower rows have added is known.
+// themselves: a scale of 1/16 makes up for it exactly. For few tokens whole bytes are multiplied, where their
+// products fit, since what the lower rows have added is known; it is known by token, and for many tokens it
+// is less work to make signed bytes 16 (u - 8) of all rows (tile.cuh).
 #define UPPER 16
-#define WHOLE_BYTES (BITS == 4)
+#define SIGNED_BYTES (BITS == 4 && NT > 1)
+#define WHOLE_BYTES (BITS == 4 && !SIGNED_BYTES)
+#define TOGETHER (NT > 3 ? 2 : NT)  // tiles of tokens whose x is in registers at a time
 
 // An integer below 2^22 in size that was added to this is the mantissa of a float: 128 products of a byte and
 // an int8 are.
@@ -187,10 +207,22 @@ DEVICE float from_magic(int value, int zero) {
   return __int_as_float(value) - __int_as_float(MAGIC_BITS + zero);
 }
 
+// Operands of half h of a tile: u, or its high part.
+DEVICE void codes_of(u32 (&a)[2][4], const Weights& w, int h) {
+  const uint4 q4 = w.q4[h];
+#if SIGNED_BYTES
+  signed_bytes_of(a[0], raised(q4.x), raised(q4.y));
+  signed_bytes_of(a[1], raised(q4.z), raised(q4.w));
+#else
+  bytes_of<WHOLE_BYTES>(a[0], to_unsigned(q4.x), to_unsigned(q4.y), 0);
+  bytes_of<WHOLE_BYTES>(a[1], to_unsigned(q4.z), to_unsigned(q4.w), 0);
+#endif
+}
+
 // Integer products of a subgroup of columns, then one float accumulation with both scales.
 DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], const Activations& x,
                           const Stream (&next)[RT], bool has_next) {
-  GroupScales scales[RT];
+  GroupScales scales[GROUP < 64 ? 64 / GROUP : 1][RT];  // of half a tile
 #if ONE_TOKEN
   uint4 metas[ACT_GROUPS / 2];  // two groups each
 #pragma unroll
@@ -198,94 +230,106 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
 #endif
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    u32 a[RT][2][4];  // u, or its high part
+    u32 a[RT][2][4];
 #if BITS == 8
     u32 fine[RT][2][4];
 #endif
 #pragma unroll
     for (int r = 0; r < RT; r++) {
-      const uint4 q4 = w[r].q4[h];
-      bytes_of<WHOLE_BYTES>(a[r][0], to_unsigned(q4.x), to_unsigned(q4.y), 0);
-      bytes_of<WHOLE_BYTES>(a[r][1], to_unsigned(q4.z), to_unsigned(q4.w), 0);
+      codes_of(a[r], w[r], h);
 #if BITS == 8
       const uint4 r4 = w[r].r4[h];
       bytes_of(fine[r][0], r4.x, r4.y, 0);
       bytes_of(fine[r][1], r4.z, r4.w, 0);
 #endif
     }
-    u32 b[NT][4];
 #pragma unroll
-    for (int n = 0; n < NT; n++) load_matrices(b[n], x.row[n] + h * 64);
+    for (int first = 0; first < NT; first += TOGETHER) {
+      const int end = first + TOGETHER < NT ? first + TOGETHER : NT;
+      u32 b[NT][4];
 #pragma unroll
-    for (int sub = 0; sub < 64 / SUBGROUP; sub++) {
-      const int column = h * 64 + sub * SUBGROUP;
-      const int act_group = column / ACT_GROUP;
-      if (column % GROUP == 0) {
+      for (int n = first; n < end; n++) load_matrices(b[n], x.at(n, h * 64));
 #pragma unroll
-        for (int r = 0; r < RT; r++) {
-          scales[r] = scales_of(l, w[r], column / GROUP);
-          scales[r].scale[1] *= 1.f / UPPER;
+      for (int sub = 0; sub < 64 / SUBGROUP; sub++) {
+        const int column = h * 64 + sub * SUBGROUP, of_half = sub * SUBGROUP / GROUP;
+        const int act_group = column / ACT_GROUP;
+        if (column % GROUP == 0 && first == 0) {
+#pragma unroll
+          for (int r = 0; r < RT; r++) {
+            scales[of_half][r] = scales_of(l, w[r], column / GROUP);
+            scales[of_half][r].scale[1] *= 1.f / UPPER;
+            if (SIGNED_BYTES) scales[of_half][r].scale[0] *= 1.f / UPPER;
+          }
         }
-      }
-      float xs[NT][2];
-      int sum[NT][2];
+        float xs[NT][2];
+        int sum[NT][2];
 #pragma unroll
-      for (int n = 0; n < NT; n++) {
+        for (int n = first; n < end; n++) {
 #if ONE_TOKEN
-        const uint4 m = metas[act_group / 2];
-        xs[n][0] = __uint_as_float(act_group % 2 ? m.z : m.x), xs[n][1] = 0.f;
-        sum[n][0] = (int)(act_group % 2 ? m.w : m.y), sum[n][1] = 0;
+          const uint4 m = metas[act_group / 2];
+          xs[n][0] = __uint_as_float(act_group % 2 ? m.z : m.x), xs[n][1] = 0.f;
+          sum[n][0] = (int)(act_group % 2 ? m.w : m.y), sum[n][1] = 0;
 #else
-        const uint4 m = load_shared4(x.meta + (act_group * TOKENS + n * 8) * 8);
-        xs[n][0] = __uint_as_float(m.x), xs[n][1] = __uint_as_float(m.z);
-        sum[n][0] = (int)m.y, sum[n][1] = (int)m.w;
+          const uint4 m = load_shared4(x.meta + (act_group * TOKENS + n * 8) * 8);
+          xs[n][0] = __uint_as_float(m.x), xs[n][1] = __uint_as_float(m.z);
+          sum[n][0] = (int)m.y, sum[n][1] = (int)m.w;
 #endif
 #if GROUP < ACT_GROUP
-        // sums of the columns that share the weight's scale: a row of ones times x
-        int ones[4] = {0, 0, 0, 0};
-        const u32 one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
-        mma_u8s8(ones, one, b[n][2 * sub], b[n][2 * sub + 1]);
-        sum[n][0] = ones[0], sum[n][1] = ones[1];
+          // sums of the columns that share the weight's scale: a row of ones times x
+          int ones[4] = {0, 0, 0, 0};
+          const u32 one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+          mma_u8s8(ones, one, b[n][2 * sub], b[n][2 * sub + 1]);
+          sum[n][0] = ones[0], sum[n][1] = ones[1];
 #endif
-      }
+        }
 #pragma unroll
-      for (int r = 0; r < RT; r++) {
+        for (int r = 0; r < RT; r++) {
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
+          for (int n = first; n < end; n++) {
+            float product[4];
+            const int first_step = sub * (SUBGROUP / 32), end_step = first_step + SUBGROUP / 32;
 #if BITS == 8
-          const int z0 = -LEVEL_ZERO * sum[n][0], z1 = -LEVEL_ZERO * sum[n][1];
-          const int upper0 = -LEVEL_ZERO * UPPER * sum[n][0];
-          const int upper1 = -LEVEL_ZERO * UPPER * sum[n][1];
-          int high[4] = {0, 0, 0, 0};
-          int d[4] = {z0, z1, upper0, upper1};
+            const int z0 = -LEVEL_ZERO * sum[n][0], z1 = -LEVEL_ZERO * sum[n][1];
+            const int upper0 = -LEVEL_ZERO * UPPER * sum[n][0];
+            const int upper1 = -LEVEL_ZERO * UPPER * sum[n][1];
+            int high[4] = {0, 0, 0, 0};
+            int d[4] = {z0, z1, upper0, upper1};
 #pragma unroll
-          for (int step = sub * (SUBGROUP / 32); step < (sub + 1) * (SUBGROUP / 32); step++) {
-            mma_u8s8(high, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
-            mma_u8s8(d, fine[r][step], b[n][2 * step], b[n][2 * step + 1]);
-          }
-          float product[4];
+            for (int step = first_step; step < end_step; step++) {
+              mma_u8s8(high, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
+              mma_u8s8(d, fine[r][step], b[n][2 * step], b[n][2 * step + 1]);
+            }
 #pragma unroll
-          for (int i = 0; i < 4; i += NEXT_SUM) product[i] = (float)(d[i] + 16 * high[i]);
+            for (int i = 0; i < 4; i += NEXT_SUM) product[i] = (float)(d[i] + 16 * high[i]);
 #else
-          int d[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+            int d[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 #pragma unroll
-          for (int step = sub * (SUBGROUP / 32); step < (sub + 1) * (SUBGROUP / 32); step++) {
-            mma_u8s8(d, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
-          }
-          float product[4];
-#pragma unroll
-          for (int i = 0; i < 2; i += NEXT_SUM) {
-            product[i] = from_magic(d[i], LEVEL_ZERO * sum[n][i]);
-            product[i + 2] = from_magic(d[i + 2], LEVEL_ZERO * (UPPER + 1) * sum[n][i]) - product[i];
-          }
+            for (int step = first_step; step < end_step; step++) {
+#if SIGNED_BYTES
+              mma_s8(d, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
+#else
+              mma_u8s8(d, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
 #endif
+            }
 #pragma unroll
-          for (int i = 0; i < 4; i += NEXT_SUM) {
-            acc[r][n][i] = fmaf(product[i], xs[n][i & 1] * scales[r].scale[i >> 1], acc[r][n][i]);
+            for (int i = 0; i < 2; i += NEXT_SUM) {
+#if SIGNED_BYTES
+              product[i] = from_magic(d[i], -LEFT_OF_ZERO * sum[n][i]);
+              product[i + 2] = from_magic(d[i + 2], -LEFT_OF_ZERO * sum[n][i]);
+#else
+              product[i] = from_magic(d[i], LEVEL_ZERO * sum[n][i]);
+              product[i + 2] = from_magic(d[i + 2], LEVEL_ZERO * (UPPER + 1) * sum[n][i]) - product[i];
+#endif
+            }
+#endif
+            const GroupScales& of = scales[of_half][r];
+#pragma unroll
+            for (int i = 0; i < 4; i += NEXT_SUM) {
+              acc[r][n][i] = fmaf(product[i], xs[n][i & 1] * of.scale[i >> 1], acc[r][n][i]);
 #if HAS_SHIFT
-            acc[r][n][i] = fmaf((float)sum[n][i & 1] * xs[n][i & 1], scales[r].shift[i >> 1],
-                                acc[r][n][i]);
+              acc[r][n][i] = fmaf((float)sum[n][i & 1] * xs[n][i & 1], of.shift[i >> 1], acc[r][n][i]);
 #endif
+            }
           }
         }
       }
@@ -325,7 +369,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         u32 b[4];
-        load_matrices(b, x.row[n] + h * 128 + step * 32);
+        load_matrices(b, x.at(n, h * 128 + step * 32));
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           if (!is_first) break;
@@ -405,7 +449,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
 #pragma unroll
       for (int n = 0; n < NT; n++) {
         u32 b[4];
-        load_matrices(b, x.row[n] + h * 128 + step * 32);
+        load_matrices(b, x.at(n, h * 128 + step * 32));
 #pragma unroll
         for (int r = 0; r < RT; r++) mma_bf16(acc[r][n], a[r][step], b[0], b[1]);
 #pragma unroll

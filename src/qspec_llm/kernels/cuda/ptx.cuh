@@ -46,6 +46,18 @@ DEVICE float load_shared(u32 at) {
   return v;
 }
 
+DEVICE void load_floats(float (&v)[1], u32 at) { v[0] = load_shared(at); }
+
+DEVICE void load_floats(float (&v)[2], u32 at) {
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(at));
+}
+
+DEVICE void load_floats(float (&v)[4], u32 at) {
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(at));
+}
+
 DEVICE void store_shared(u32 at, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
 }
@@ -61,6 +73,11 @@ DEVICE void store_shared2(u32 at, uint2 v) {
 DEVICE void store_shared4(u32 at, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
+               : "memory");
+}
+
+DEVICE void store_shared4(u32 at, const float (&v)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
                : "memory");
 }
 
@@ -237,6 +254,14 @@ DEVICE void mma_u8s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+DEVICE void mma_s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // ---- pairs of bf16 in one register ---------------------------------------------------------------
 
 DEVICE u32 fma_pair(u32 a, u32 b, u32 c) {
@@ -269,6 +294,13 @@ DEVICE u32 is_positive_pair(u32 a) {
 DEVICE u32 mask_or(u32 a, u32 mask, u32 bits) {
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+  return d;
+}
+
+// (a & mask) ^ bits in one instruction
+DEVICE u32 mask_xor(u32 a, u32 mask, u32 bits) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
   return d;
 }
 
@@ -452,6 +484,36 @@ DEVICE float load_remote(u32 at) {
 }
 
 DEVICE void barrier_arrive_remote(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+// Floats into another block's shared memory; a barrier there counts their bytes.
+#define STORE_REMOTE "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
+
+DEVICE void store_remote(u32 to, const float (&v)[4], u32 bar) {
+  asm volatile(STORE_REMOTE ".v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+               "f"(v[3]), "r"(bar)
+               : "memory");
+}
+
+DEVICE void store_remote(u32 to, const float (&v)[2], u32 bar) {
+  asm volatile(STORE_REMOTE ".v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(v[0]), "f"(v[1]), "r"(bar) : "memory");
+}
+
+DEVICE void store_remote(u32 to, const float (&v)[1], u32 bar) {
+  asm volatile(STORE_REMOTE ".f32 [%0], %1, [%2];" ::"r"(to), "f"(v[0]), "r"(bar) : "memory");
+}
+
+// Waits for what other blocks of the cluster did before they arrived.
+DEVICE void barrier_wait_cluster(u32 bar, u32 parity) {
+  u32 done = 0;
+  while (!done) {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+  }
 }
 #endif

@@ -93,6 +93,30 @@ DEVICE void bytes_of(u32 (&a)[4], u32 first, u32 second, int shift) {
   a[3] = IS_WHOLE ? second : (second >> shift) & upper;
 }
 
+// Codes become signed bytes 16 (u - 8), which costs the upper nibbles nothing; a level is a sixteenth
+// of what they stand for. The signed grid counts from 7 (or, at 8 bits, 16 * 7 + 8): its codes are
+// raised so that the zero is 8, and what remains of other zeros is a multiple of the sum of x.
+#if SIGNED
+#define LEFT_OF_ZERO (BITS == 8 ? -8 : 0)
+#else
+#define LEFT_OF_ZERO (OFFSET ? 128 : 0)
+#endif
+
+DEVICE u32 raised(u32 codes) {
+#if SIGNED
+  return codes + ((~codes & 0x88888888u) >> 3);  // c >= 8 stays, c < 8 grows by 1
+#else
+  return codes;
+#endif
+}
+
+DEVICE u32 signed_bytes(u32 nibbles) { return mask_xor(nibbles, 0xF0F0F0F0u, 0x80808080u); }
+
+DEVICE void signed_bytes_of(u32 (&a)[4], u32 first, u32 second) {
+  a[0] = signed_bytes(first << 4), a[1] = signed_bytes(first);
+  a[2] = signed_bytes(second << 4), a[3] = signed_bytes(second);
+}
+
 // Two nibbles 16 bits apart as the bf16 pair 128 + nibble.
 DEVICE u32 pair_of(u32 nibbles) { return mask_or(nibbles, 0x000F000Fu, 0x43004300u); }
 

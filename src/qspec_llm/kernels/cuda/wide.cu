@@ -190,14 +190,6 @@ struct TileOfX {
 
 #if BITS
 #if ACT == 8
-// Codes become signed bytes 16 (u - 8), which costs the upper nibbles nothing; a level is a sixteenth
-// of what they stand for. The signed grid counts from 7 (or, at 8 bits, 16 * 7 + 8): its codes are
-// raised so that the zero is 8, and what remains of other zeros is a multiple of the sum of x.
-#if SIGNED
-#define LEFT_OF_ZERO (BITS == 8 ? -8 : 0)
-#else
-#define LEFT_OF_ZERO (OFFSET ? 128 : 0)
-#endif
 #define NEEDS_ONES ((LEFT_OF_ZERO || HAS_SHIFT) && GROUP < ACT_GROUP)
 #else
 #define NEEDS_ONES HAS_SHIFT
@@ -241,26 +233,6 @@ DEVICE float row_shift(const Lane& l, const Raw& raw, int group, int upper) {
 #define SUBTILES (NT / SUB_NT)
 #define SUBGROUPS (64 / SUBGROUP)                 // of half a tile
 #define PRODUCTS (2 * SUBGROUPS * SUBTILES)       // of a tile
-
-DEVICE u32 raised(u32 codes) {
-#if SIGNED
-  return codes + ((~codes & 0x88888888u) >> 3);  // c >= 8 stays, c < 8 grows by 1
-#else
-  return codes;
-#endif
-}
-
-// (nibbles & 0xF0F0F0F0) ^ 0x80808080 in one instruction
-DEVICE u32 signed_bytes(u32 nibbles) {
-  u32 bytes;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(bytes) : "r"(nibbles), "r"(0xF0F0F0F0u), "r"(0x80808080u));
-  return bytes;
-}
-
-DEVICE void signed_bytes_of(u32 (&a)[4], u32 first, u32 second) {
-  a[0] = signed_bytes(first << 4), a[1] = signed_bytes(first);
-  a[2] = signed_bytes(second << 4), a[3] = signed_bytes(second);
-}
 
 // Integer products of a subgroup of columns and 32 or 48 tokens.
 struct IntegerProduct {

@@ -1,0 +1,239 @@
+"""Launches of split.cu: generated rows, several tiles of 8 at a time, on Hopper."""
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, tensor_map
+from qspec_llm.kernels.cuda.form import Form, Product
+from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
+
+__all__ = ["MAX_TOKENS", "Cut", "Tuning", "can_run", "cut", "instance", "multiply", "tuning"]
+
+RANGES = 8  # of columns: direct.cu sums in the same ones
+LEAST_TOKENS, MAX_TOKENS = (
+    6,
+    40,
+)  # below, direct.cu has less ado; beyond, wide.cu reads x less often
+SMEM = 227 << 10  # of a block
+LEAST_SLOTS = 3  # of a ring, of which one waits for its last reader
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What may differ between instances without changing any sum.
+
+    Attributes:
+        rows: tiles of 16 rows that a warp multiplies at a time.
+        depth: tiles of weights that a warp has on their way.
+        teams: warps of a block that read the same x.
+        split: blocks of a cluster, which share the columns: 1, 2, 4 or 8.
+        lead: those of `depth` that are on their way before earlier kernels have ended.
+        piece: most tiles of x that arrive at a time.
+    """
+
+    rows: int
+    depth: int
+    teams: int
+    split: int
+    lead: int = 1
+    piece: int = 4
+
+
+LEAST_BUSY = 0.85  # of the warps' time, below which a less usual number of teams is better
+
+
+def tuning(form: Form, token_tiles: int, row_tiles: int, multiprocessors: int) -> Tuning:
+    """The measured best (docs/gpu-notes.md): 16 warps, or 8 to 24, as panels divide among them.
+
+    Args:
+        form: of the weights.
+        token_tiles: tiles of 8 rows of x.
+        row_tiles: tiles of 16 rows of the matrix.
+        multiprocessors: of the device.
+    """
+    is_light = form.bits == 4
+    depth = 2 if is_light and token_tiles <= 3 else 1
+    is_whole = token_tiles <= (4 if form.act == 8 else 3)  # x has room in one block
+    usual = Tuning(rows=1, depth=depth, lead=depth, teams=2, split=1)
+    if not is_whole:
+        usual = Tuning(rows=1, depth=1, teams=4, split=2)
+    other = Tuning(rows=2 if is_light and token_tiles <= 4 else 1, depth=1, teams=3, split=2)
+    if is_light and token_tiles == 1:
+        usual, other = replace(usual, teams=3), usual
+    if form.act == 8 and not is_whole:
+        usual = Tuning(rows=2, depth=1, teams=2, split=2)
+        other = replace(usual, teams=3)
+
+    def busy(chosen: Tuning) -> float:
+        panels = math.ceil(row_tiles / chosen.rows)
+        at_once = max(1, multiprocessors // chosen.split) * chosen.teams
+        return panels / (math.ceil(panels / at_once) * at_once)
+
+    return usual if busy(usual) >= min(LEAST_BUSY, busy(other)) else other
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is laid over blocks.
+
+    Attributes:
+        piece: tiles of x in a slot.
+        slots: of a range.
+        keeps_x: there is a slot for every piece.
+        sum_buffers: of a team.
+        inboxes: of a team.
+        smem: bytes a block.
+    """
+
+    piece: int
+    slots: int
+    keeps_x: bool
+    sum_buffers: int
+    inboxes: int
+    smem: int
+
+
+@functools.cache
+def cut(form: Form, chosen: Tuning, token_tiles: int, col_tiles: int) -> Cut | None:
+    """As much x at hand as there is room for; None: there is no room for any.
+
+    Args:
+        form: of the weights.
+        chosen: the instance.
+        token_tiles: tiles of 8 rows of x.
+        col_tiles: tiles of 128 columns.
+    """
+    size = RANGES // chosen.split
+    tile = token_tiles * 8 * TILE_COLS * form.act // 8  # bytes of x
+    if form.act == 8:
+        tile += TILE_COLS // form.act_group * token_tiles * 64
+    panel = chosen.rows * TILE_ROWS * token_tiles * 8 * 4
+    sums = chosen.teams * size * panel
+    box = chosen.teams * panel if chosen.split > 1 else 0
+    most = math.ceil(col_tiles / RANGES)
+
+    def laid(sum_buffers: int, inboxes: int, piece: int, slots: int) -> Cut:
+        barriers = 2 * 8 * (size * slots + chosen.teams * inboxes)
+        return Cut(
+            piece=piece,
+            slots=slots,
+            keeps_x=slots == math.ceil(most / piece),
+            sum_buffers=sum_buffers,
+            inboxes=inboxes,
+            smem=size * slots * piece * tile + sum_buffers * sums + inboxes * box + barriers,
+        )
+
+    piece = math.ceil(most / math.ceil(most / chosen.piece))
+    buffers = [(2, 2), (1, 2), (1, 1)]
+    for sum_buffers, inboxes in buffers:
+        kept = laid(sum_buffers, inboxes, piece, math.ceil(most / piece))
+        if kept.smem <= SMEM:
+            return kept
+    for sum_buffers, inboxes in buffers:
+        for smaller in range(piece, 0, -1):
+            fitting = [laid(sum_buffers, inboxes, smaller, n) for n in range(LEAST_SLOTS, 9)]
+            fitting = [one for one in fitting if one.smem <= SMEM]
+            if fitting:
+                return fitting[-1]
+    return None
+
+
+class _Problem(ctypes.Structure):
+    """split.cu's Problem."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("meta", "base", "rest", "bias", "out")),
+        *((name, ctypes.c_int) for name in (
+            "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "num_panels",
+            "box_tokens", "piece", "num_slots", "keeps_x", "bias_kind", "out_is_float",
+        )),
+    )  # fmt: skip
+
+
+@functools.cache
+def instance(form: Form, token_tiles: int, chosen: Tuning, laid: Cut) -> Kernel:
+    """The kernel for tiles of 8 tokens."""
+    return kernel(
+        "split.cu",
+        "split",
+        **form.defines(),
+        NT=token_tiles,
+        RT=chosen.rows,
+        DEPTH=chosen.depth,
+        LEAD=min(chosen.lead, chosen.depth),
+        TEAMS=chosen.teams,
+        SPLIT=chosen.split,
+        SUM_BUFFERS=laid.sum_buffers,
+        INBOXES=laid.inboxes,
+    )
+
+
+@functools.cache
+def _slots(form: Form, token_tiles: int, chosen: Tuning, laid: Cut, device: int) -> int:
+    """Clusters that run at a time."""
+    if chosen.split == 1:
+        return num_multiprocessors(device)
+    function = instance(form, token_tiles, chosen, laid)
+    return function.max_active_clusters(chosen.split, _threads(chosen), laid.smem)
+
+
+def _threads(chosen: Tuning) -> int:
+    return 32 * chosen.teams * RANGES // chosen.split
+
+
+def can_run(product: Product) -> bool:
+    """Whether `multiply` computes it faster than direct.cu and wide.cu: on Hopper, a few tokens."""
+    device = product.out.device.index
+    return LEAST_TOKENS <= product.values.shape[
+        0
+    ] <= MAX_TOKENS and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def multiply(product: Product, chosen: Tuning | None = None) -> None:
+    """Compute a product; `chosen` is an instance other than the measured best."""
+    num_tokens = product.values.shape[0]
+    row_tiles, col_tiles = product.weight.base.shape[:2]
+    blocks = math.ceil(num_tokens / MAX_TOKENS)
+    token_tiles = math.ceil(num_tokens / blocks / 8)
+    box_tokens = min(num_tokens, token_tiles * 8)
+    device = product.out.device.index
+    tuned = chosen or tuning(product.form, token_tiles, row_tiles, num_multiprocessors(device))
+    laid = cut(product.form, tuned, token_tiles, col_tiles)
+    assert laid is not None, "there is no room for a piece of x"
+    function = instance(product.form, token_tiles, tuned, laid)
+    panels = math.ceil(row_tiles / tuned.rows)
+    slots = _slots(product.form, token_tiles, tuned, laid, device)
+    clusters = min(math.ceil(panels / tuned.teams), max(1, slots // blocks))
+    rest, bias, meta = product.rest, product.bias, product.meta
+    problem = _Problem(
+        meta=None if meta is None else meta.data_ptr(),
+        base=product.weight.base.data_ptr(),
+        rest=None if rest is None else rest.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        out=product.out.data_ptr(),
+        num_tokens=num_tokens,
+        num_rows=product.weight.shape[0],
+        num_row_tiles=row_tiles,
+        num_col_tiles=col_tiles,
+        pitch=0 if meta is None else meta.shape[1],
+        num_panels=panels,
+        box_tokens=box_tokens,
+        piece=laid.piece,
+        num_slots=laid.slots,
+        keeps_x=int(laid.keeps_x),
+        bias_kind=product.bias_kind,
+        out_is_float=int(product.out.dtype is torch.float32),
+    )
+    box = (box_tokens, TILE_COLS if product.form.act == 8 else TILE_COLS // 2)
+    function.launch(
+        (clusters * tuned.split, blocks),
+        _threads(tuned),
+        [tensor_map(product.values, box), problem],
+        smem=laid.smem,
+        cluster=tuned.split,
+        pdl=product.pdl,
+    )
