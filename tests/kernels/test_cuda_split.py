@@ -64,15 +64,20 @@ def test_products_of_every_width(form: str, view: str, num_tokens: int) -> None:
 )
 @pytest.mark.parametrize("form", ["signed16", "affine4"])
 def test_the_instance_changes_no_bit(form: str, chosen: Tuning) -> None:
+    runs = 0
     for num_tokens, num_cols in ((8, 4096), (31, 4096), (24, 6144)):
         packed = layout.pack(random_stored(form, 4224, num_cols, 128))
         x = fresh(num_tokens, num_cols)
         for view in (VERIFY, draft_view(Activation.A8)):
             usual, other = poisoned(num_tokens, 4224), poisoned(num_tokens, 4224)
             one = product(x, packed, view, usual)
+            if split.cut(one.form, chosen, math.ceil(num_tokens / 8), num_cols // 128) is None:
+                continue
             direct.multiply(one)
             split.multiply(replace(one, out=other), chosen)
             assert_same_bits(other, usual)
+            runs += 1
+    assert runs >= 4
 
 
 @gpu
@@ -96,11 +101,16 @@ def test_clusters_in_a_chain_of_dependent_launches() -> None:
     direct.multiply(product(x, packed, VERIFY, plain))
     outs = [poisoned(32, 4096) for _ in range(4)]
     steps = [replace(product(x, packed, VERIFY, out), pdl=True) for out in outs]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for index, step in enumerate(steps):
             parts = (1, 2, 4)[index % 3]
             split.multiply(step, Tuning(rows=1, depth=1, teams=2 * parts, split=parts))
+
+    run()  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
     for _ in range(20):
         for out in outs:
             out.fill_(torch.nan)
