@@ -32,6 +32,7 @@ from qspec_llm.kernels import LayerKV, Rows, reference
 from qspec_llm.kernels.cuda import (
     activations,
     attention,
+    check,
     direct,
     layout,
     linear,
@@ -215,6 +216,25 @@ def test_columns_that_blocks_of_a_cluster_share(
     same = replace(product, out=torch.full_like(product.out, torch.nan))
     direct.multiply(same)
     assert_same_bits(product.out, same.out)
+
+
+@pytest.mark.parametrize("seed", [1], indirect=True)
+def test_the_self_check_runs_every_instance(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = random_stored("signed16", 112, 1024, 128)
+    assert isinstance(stored, Planes)
+    chosen = []
+
+    def multiply(product: Product, one: split.Tuning | None) -> None:
+        chosen.append(one)
+        usual(product, one)
+
+    usual = split.multiply
+    monkeypatch.setattr(split, "multiply", multiply)
+    monkeypatch.setattr(split, "can_run", lambda count, _: 2 <= count <= 40)
+    monkeypatch.setattr(check, "pack", lambda one, _: layout.pack(one, "cpu"))
+    check._check_form.__wrapped__(stored.spec, 112, VIEWS["a8"], 0)
+    form = form_of_weight(layout.pack(stored, "cpu"), VIEWS["a8"])  # type: ignore[arg-type]
+    assert set(chosen) == {one for tiles in range(1, 6) for one in split.instances(form, tiles)}
 
 
 @pytest.mark.parametrize("group", [32, 128])

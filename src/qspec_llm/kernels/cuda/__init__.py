@@ -6,7 +6,7 @@
     layout.py      how stored tensors are arranged, and back
     linear.py      linears: checks, and which kernel computes them
     direct.py      generated rows (direct.cu); form.py: how a view reads a tensor
-    wide.py        more of them, on Hopper (wide.cu)
+    split.py, wide.py   several of them, and many, on Hopper (split.cu, wide.cu)
     activations.py, tables.py, prompt.py   quantisation; embedding rows; prompt rows
     check.py       every kernel of a model against the reference, when it is loaded
     matrices.py    the linears' kernels, or the reference's arithmetic for what they do not take

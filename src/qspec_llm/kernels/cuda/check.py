@@ -6,6 +6,7 @@ would do anyway. Tests in tests/kernels/test_cuda.py go further.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Rows, reference
+from qspec_llm.kernels.cuda import split
 from qspec_llm.kernels.cuda.device import is_interpreted
+from qspec_llm.kernels.cuda.form import form_of
 from qspec_llm.kernels.cuda.layout import PackedDense, PackedMatrix, PackedPlanes, pack
 from qspec_llm.kernels.cuda.linear import linear
 from qspec_llm.kernels.cuda.tables import embed
@@ -25,7 +28,7 @@ __all__ = ["check", "check_packed", "some_planes"]
 
 # Rows that leave half a block over, and for blocks in pairs; columns for a cluster to share.
 ROWS, COLS = (112, 128), 1024
-COUNTS = (1, 5, 16, 24, 40, 72)  # every width of instance, and blocks of them
+COUNTS = (1, 5, 16, 24, 32, 40, 72)  # every width of instance, and blocks of them
 LARGEST_ERROR = 1e-4  # norm-relative, of float32 sums
 LARGEST_ROUNDED = 4e-3  # the same, with weights rounded to bf16
 
@@ -73,12 +76,19 @@ def _check_form(spec: PlaneSpec | None, rows: int, view: View, device: int) -> N
             wide = x.float()
             if view.is_draft and spec is not None:
                 wide = reference.round_activations(wide, view.activation)
-            out = torch.full((count, rows), torch.nan, device=packed.tensors()[0].device)
-            linear(x.to(out.device), packed, None, view, _rows(is_prompt), torch.float32, out=out)
+            expected = wide.double() @ weight.t()
+            what = f"{name}, {view.activation}, {count} rows"
             limit = LARGEST_ROUNDED if is_prompt else LARGEST_ERROR
-            _compare(
-                out, wide.double() @ weight.t(), limit, f"{name}, {view.activation}, {count} rows"
-            )
+            chosen: tuple[split.Tuning | None, ...] = (None,)
+            if not is_prompt and split.can_run(count, device):
+                chosen = split.instances(form_of(spec, view, 64), math.ceil(count / 8))
+            for one in chosen:
+                out = torch.full((count, rows), torch.nan, device=packed.tensors()[0].device)
+                here = x.to(out.device)
+                linear(
+                    here, packed, None, view, _rows(is_prompt), torch.float32, out=out, chosen=one
+                )
+                _compare(out, expected, limit, what)
     if not view.is_draft:
         tokens = torch.arange(rows, device=packed.tensors()[0].device)
         _compare(embed(tokens, packed, torch.float32), weight, 1e-6, f"the look-up in {name}")

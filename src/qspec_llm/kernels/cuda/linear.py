@@ -17,7 +17,6 @@ from qspec_llm.kernels.cuda.activations import (
     check_rows,
     quantize,
 )
-from qspec_llm.kernels.cuda.direct import Tuning
 from qspec_llm.kernels.cuda.form import Product, form_of_weight
 from qspec_llm.kernels.cuda.layout import PackedDense, PackedMatrix, PackedPlain, PackedPlanes
 from qspec_llm.kernels.cuda.prompt import plain, prompt
@@ -54,7 +53,7 @@ def linear(
     *,
     out: Tensor | None = None,
     pdl: bool = False,
-    chosen: Tuning | None = None,
+    chosen: direct.Tuning | split.Tuning | None = None,
 ) -> Tensor:
     """x [R, K] times the view's weights [N, K] transposed, plus bias [N]: [R, N].
 
@@ -67,7 +66,7 @@ def linear(
         out_dtype: bf16 (the default) or float32.
         out: where to write, contiguous [R, N] of `out_dtype`.
         pdl: programmatic dependent launch (compile.Kernel.launch).
-        chosen: an instance of direct.cu other than the measured best, for benchmarks.
+        chosen: an instance of direct.cu or split.cu, instead of the measured best.
 
     Raises:
         QSpecError: x, bias or out have a type, shape or place that no kernel reads.
@@ -113,7 +112,7 @@ def _generated(
     view: View,
     out: Tensor,
     pdl: bool,
-    chosen: Tuning | None,
+    chosen: direct.Tuning | split.Tuning | None,
 ) -> None:
     values = x.codes if isinstance(x, Quantized) else x
     product = Product(
@@ -125,11 +124,12 @@ def _generated(
         out=out,
         pdl=pdl,
     )
-    if chosen:
+    device = weight.base.device.index
+    if isinstance(chosen, direct.Tuning):
         direct.multiply(product, chosen)
-    elif split.can_run(product):
-        split.multiply(product)
-    elif wide.can_run(values.shape[0], weight.base.device.index):
+    elif chosen or split.can_run(values.shape[0], device):
+        split.multiply(product, chosen)
+    elif wide.can_run(values.shape[0], device):
         wide.multiply(product)
     else:
         direct.multiply(product)

@@ -11,13 +11,21 @@ from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, 
 from qspec_llm.kernels.cuda.form import Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
 
-__all__ = ["MAX_TOKENS", "Cut", "Tuning", "can_run", "cut", "instance", "multiply", "tuning"]
+__all__ = [
+    "MAX_TOKENS",
+    "Cut",
+    "Tuning",
+    "can_run",
+    "cut",
+    "instance",
+    "instances",
+    "multiply",
+    "tuning",
+]
 
 RANGES = 8  # of columns: direct.cu sums in the same ones
-LEAST_TOKENS, MAX_TOKENS = (
-    6,
-    40,
-)  # below, direct.cu has less ado; beyond, wide.cu reads x less often
+LEAST_TOKENS = 2  # of one, direct.cu reads fewer columns of nothing
+MAX_TOKENS = 40  # of a block; beyond, wide.cu reads x less often
 SMEM = 227 << 10  # of a block
 LEAST_SLOTS = 3  # of a ring, of which one waits for its last reader
 
@@ -43,11 +51,33 @@ class Tuning:
     piece: int = 4
 
 
-LEAST_BUSY = 0.85  # of the warps' time, below which a less usual number of teams is better
+LEAST_BUSY = 0.85  # of the warps' time, below which another number of them is better
+
+
+def instances(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
+    """The measured best (docs/gpu-notes.md): that of most matrices, and another number of warps.
+
+    Args:
+        form: of the weights.
+        token_tiles: tiles of 8 rows of x.
+    """
+    is_light = form.bits == 4
+    depth = 2 if is_light and token_tiles <= 3 else 1
+    is_whole = token_tiles <= (4 if form.act == 8 else 3)  # x has room in one block
+    if form.act == 8 and not is_whole:
+        usual = Tuning(rows=2, depth=1, teams=2, split=2)
+        return usual, replace(usual, teams=3)
+    usual = Tuning(rows=1, depth=1, teams=4, split=2)
+    if is_whole:
+        usual = Tuning(rows=1, depth=depth, lead=depth, teams=2, split=1)
+    if is_light and token_tiles == 1:
+        return replace(usual, teams=3), usual
+    rows = 2 if is_light and token_tiles <= 4 else 1
+    return usual, Tuning(rows=rows, depth=1, teams=3, split=2)
 
 
 def tuning(form: Form, token_tiles: int, row_tiles: int, multiprocessors: int) -> Tuning:
-    """The measured best (docs/gpu-notes.md): 16 warps, or 8 to 24, as panels divide among them.
+    """Which of the instances: as panels divide among its teams.
 
     Args:
         form: of the weights.
@@ -55,24 +85,13 @@ def tuning(form: Form, token_tiles: int, row_tiles: int, multiprocessors: int) -
         row_tiles: tiles of 16 rows of the matrix.
         multiprocessors: of the device.
     """
-    is_light = form.bits == 4
-    depth = 2 if is_light and token_tiles <= 3 else 1
-    is_whole = token_tiles <= (4 if form.act == 8 else 3)  # x has room in one block
-    usual = Tuning(rows=1, depth=depth, lead=depth, teams=2, split=1)
-    if not is_whole:
-        usual = Tuning(rows=1, depth=1, teams=4, split=2)
-    other = Tuning(rows=2 if is_light and token_tiles <= 4 else 1, depth=1, teams=3, split=2)
-    if is_light and token_tiles == 1:
-        usual, other = replace(usual, teams=3), usual
-    if form.act == 8 and not is_whole:
-        usual = Tuning(rows=2, depth=1, teams=2, split=2)
-        other = replace(usual, teams=3)
 
     def busy(chosen: Tuning) -> float:
         panels = math.ceil(row_tiles / chosen.rows)
         at_once = max(1, multiprocessors // chosen.split) * chosen.teams
         return panels / (math.ceil(panels / at_once) * at_once)
 
+    usual, other = instances(form, token_tiles)
     return usual if busy(usual) >= min(LEAST_BUSY, busy(other)) else other
 
 
@@ -185,12 +204,10 @@ def _threads(chosen: Tuning) -> int:
     return 32 * chosen.teams * RANGES // chosen.split
 
 
-def can_run(product: Product) -> bool:
-    """Whether `multiply` computes it faster than direct.cu and wide.cu: on Hopper, a few tokens."""
-    device = product.out.device.index
-    return LEAST_TOKENS <= product.values.shape[
-        0
-    ] <= MAX_TOKENS and torch.cuda.get_device_capability(device) == (9, 0)
+def can_run(num_tokens: int, device: int) -> bool:
+    """Whether to use `multiply`: a few rows, on Hopper."""
+    is_few = LEAST_TOKENS <= num_tokens <= MAX_TOKENS
+    return is_few and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
