@@ -480,21 +480,24 @@ while True:
 
 @contextmanager
 def watched_health(url, path):
-    """The seconds that each answer of /health took meanwhile, to a process of its own.
+    """A function: the seconds that each answer of /health took so far, to a process of its own.
 
-    Written to a file: a pipe that nobody reads yet would fill up and stop the watch.
+    Written to a file: a pipe that nobody reads would fill up and stop the watch.
     """
-    latencies = []
-    with path.open("w+") as written:
+    with path.open("w") as written:
         watch = subprocess.Popen([sys.executable, "-c", WATCH, url], stdout=written)
-        try:
-            yield latencies
-            assert watch.poll() is None, "an answer of /health was not 200, or never came"
-        finally:
-            watch.terminate()
-            watch.wait(10)
-        written.seek(0)
-        latencies.extend(float(line) for line in written.read().split())
+
+    def latencies():
+        assert watch.poll() is None, "an answer of /health was not 200, or never came"
+        return [float(line) for line in path.read_text().split()]
+
+    try:
+        while not latencies():  # its process takes a while to start
+            time.sleep(0.01)
+        yield latencies
+    finally:
+        watch.terminate()
+        watch.wait(10)
 
 
 async def load(url, seed, num_clients, num_bodies, key="none"):
@@ -538,14 +541,17 @@ def test_load_with_hang_ups_and_a_tiny_cache(make_llm, offline, tmp_path):
     llm = make_llm(max_batch=16, max_tokens_in_kv=512)
     with running(llm) as server:
         with watched_health(server.url, tmp_path / "latencies") as latencies:
-            results = asyncio.run(load(server.url, 1, 64, 2))
+            results, num_loads = [], 0
+            while num_loads == 0 or len(latencies()) <= 100:
+                num_loads += 1
+                results += asyncio.run(load(server.url, num_loads, 64, 2))
+            seconds = sorted(latencies())
         server.wait_until_idle()
-        assert len(results) > 64
+        assert len(results) > 64 * num_loads
         assert llm.engine.scheduler.num_preempted > 0
         assert llm.engine.scheduler.blocks.num_evicted > 0
-        assert len(latencies) > 20
         # clients and server share one process and two cores here
-        assert sorted(latencies)[int(len(latencies) * 0.95)] < 0.1
+        assert seconds[int(len(seconds) * 0.95)] < 0.1
     check_against_offline(offline, results)
 
 
@@ -572,7 +578,8 @@ def test_load_for_longer_keeps_memory_flat_and_health_quick(process, offline, tm
             assert read("kv_cache_usage_perc") == 0
             sizes.append(server.memory_info().rss)
             check_against_offline(offline, results)
-    assert len(latencies) > 100
-    assert max(latencies) < 0.1
+        seconds = latencies()
+    assert len(seconds) > 100
+    assert max(seconds) < 0.1
     assert read("num_preemptions_total") > 0
     assert sizes[-1] - sizes[3] < 16 << 20
