@@ -295,15 +295,14 @@ def llm(request: pytest.FixtureRequest) -> LLM:
     return LLM("smollm2", target=target.value, backend=backend, max_tokens_in_kv=1024)
 
 
-# Lowest greedy agreement of an a8 draft with its own verifier. Measured on 8 prompts x 96 tokens:
-# 0.976 for int4; a re-quantised 4-bit draft of a 135M model agrees in 0.7 or so of the cases.
-LEAST_AGREEMENT = {Target.INT4: 0.95, Target.INT8: 0.65, Target.BF16: 0.65}
+# Greedy agreement of an a8 draft with its own verifier, measured on 8 prompts x 96 tokens (README);
+# re-quantised to 4 bits the draft of a 135M model agrees in 0.7 or so of the cases.
+AGREEMENT = {Target.INT4: 0.97, Target.INT8: 0.73, Target.BF16: 0.73}
 
 
 @pytest.mark.weights
 def test_smollm2_is_identical_and_agrees_as_measured(llm):
-    target = llm.config.target
-    num_prompts, num_tokens = (4, 32) if target is Target.INT4 else (3, 16)
+    num_prompts, num_tokens = (3, 16) if llm.config.backend == "reference" else (4, 64)
     prompts = [llm.encode(text) for text in PROMPTS[:num_prompts]]
     plain = run_model(llm.decoder, prompts, greedy(num_tokens))
     drafted = run_model(
@@ -312,7 +311,10 @@ def test_smollm2_is_identical_and_agrees_as_measured(llm):
     assert_identical(drafted, plain)
     num_tested = drafted.num_accepted + drafted.num_rejected
     assert num_tested > 20
-    assert drafted.num_accepted / num_tested >= LEAST_AGREEMENT[target]
+    # Processors round differently, so each writes texts of its own: a sample, with a sample's luck.
+    expected = AGREEMENT[llm.config.target]
+    deviation = (expected * (1 - expected) / num_tested) ** 0.5
+    assert drafted.num_accepted / num_tested >= expected - 3 * deviation
 
 
 @pytest.mark.weights
