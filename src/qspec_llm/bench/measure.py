@@ -14,7 +14,7 @@ import torch
 from qspec_llm.engine.emit import Emission
 from qspec_llm.engine.engine import Engine
 
-__all__ = ["Advance", "host_seconds", "interleaved", "run_in_turn", "wake_gpu"]
+__all__ = ["WARM_UP_ROUNDS", "Advance", "host_seconds", "interleaved", "run_in_turn", "wake_gpu"]
 
 _Key = TypeVar("_Key", bound=Hashable)
 Advance = Callable[[], None]  # called after every timed call, for a progress bar

@@ -9,7 +9,8 @@ step that is not free of gamma).
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from hashlib import blake2b
+from itertools import chain, product
 from typing import Any, cast
 
 import torch
@@ -21,13 +22,12 @@ from qspec_llm.engine.engine import Engine, StepSeconds
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.runner import Runner
 from qspec_llm.engine.text import Tokenizer
-from qspec_llm.kernels import LayerKV, Rows
 from qspec_llm.kv.blocks import blocks_for
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.decoder import Decoder
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
-__all__ = ["ACCEPTANCES", "StepCase", "best_gamma", "host_share", "step_costs", "summarise"]
+__all__ = ["ACCEPTANCES", "StepCase", "Steps", "best_gamma", "host_share", "summarise"]
 
 ACCEPTANCES = (0.7, 0.8, 0.9, 0.95)
 MAX_GAMMA = 15  # a verify step of 16 rows is the largest measured
@@ -35,75 +35,104 @@ MAX_GAMMA = 15  # a verify step of 16 rows is the largest measured
 
 @dataclass(frozen=True)
 class StepCase:
-    """One step: `rows` rows of one sequence after `context` tokens, in one view of one target."""
+    """One step, in one view of one target.
+
+    Attributes:
+        target: what the verify view computes.
+        view: draft or verify.
+        rows: of each sequence.
+        context: tokens that each sequence has before them.
+        batch: sequences.
+    """
 
     target: str
     view: View
     rows: int
     context: int
+    batch: int = 1
 
 
-def step_costs(
-    decoders: Mapping[str, Decoder],
-    draft: Activation,
-    rows: Sequence[int],
-    contexts: Sequence[int],
-    rounds: int,
-    advance: Advance | None = None,
-) -> dict[StepCase, float]:
-    """Median seconds of every step, all targets interleaved.
+class Steps:
+    """Steps that are ready to be timed: on a GPU captured graphs, as the engine runs them.
+
+    Every sequence has keys and values of its own, random ones.
 
     Args:
         decoders: one a target; they need equal configurations.
         draft: activations of the draft view.
-        rows: rows of the verify steps; draft steps have one.
+        rows: rows of a sequence in the verify steps; in draft steps it has one.
         contexts: tokens already in the cache.
-        rounds: rounds that count.
-        advance: called after each step.
+        batches: sequences of a step.
     """
-    calls = {}
-    for target, decoder in decoders.items():
-        capacity = max(contexts) + max(rows)
-        kv = allocate(decoder.config, blocks_for(capacity), decoder.dtype, decoder.ops.device)
-        for context in contexts:
-            cases = [(draft_view(draft), 1), *((VERIFY, n) for n in rows)]
-            for view, num_rows in cases:
-                case = StepCase(target, view, num_rows, context)
-                calls[case] = _call(decoder, kv, case)
-    on_gpu = next(iter(decoders.values())).ops.device.type == "cuda"
-    if on_gpu:
-        wake_gpu(calls.values())
-    return interleaved(calls, rounds, advance, gpu_seconds if on_gpu else host_seconds)
 
+    def __init__(
+        self,
+        decoders: Mapping[str, Decoder],
+        draft: Activation,
+        rows: Sequence[int],
+        contexts: Sequence[int],
+        batches: Sequence[int] = (1,),
+    ) -> None:
+        self._decoders = decoders
+        one = next(iter(decoders.values()))
+        self._device = one.ops.device
+        capacity = max(batches) * blocks_for(max(contexts) + max(rows))
+        self._kv = {
+            target: allocate(decoder.config, capacity, decoder.dtype, self._device)
+            for target, decoder in decoders.items()
+        }
+        generator = torch.Generator(self._device).manual_seed(0)
+        for layer in chain.from_iterable(self._kv.values()):
+            layer.keys.normal_(generator=generator)
+            layer.values.normal_(generator=generator)
+        views = [(draft_view(draft), 1), *((VERIFY, count) for count in rows)]
+        self.cases = [
+            StepCase(target, view, count, context, batch)
+            for target, context, batch in product(decoders, contexts, batches)
+            for view, count in views
+        ]
+        self._clock = host_seconds
+        self._calls = {case: self._call(case) for case in self.cases}
+        if self._device.type == "cuda":
+            self._clock = gpu_seconds
+            wake_gpu(self._calls.values())
 
-def _call(decoder: Decoder, kv: tuple[LayerKV, ...], case: StepCase) -> Callable[[], None]:
-    """A step to time: on a GPU a captured graph, as the engine runs it."""
-    device = decoder.ops.device
-    tokens, rows = _inputs(case)
-    if device.type != "cuda":
-        wanted = torch.arange(case.rows)
-        return partial(_step, decoder, kv, case.view, tokens, rows, wanted)
-    return captured(
-        partial(_step, decoder, kv, case.view, tokens.to(device), rows.to(device), None)
-    )
+    def seconds(self, rounds: int, advance: Advance | None = None) -> dict[StepCase, float]:
+        """Median seconds of every step, all interleaved; `advance` is called after each."""
+        return interleaved(self._calls, rounds, advance, self._clock)
 
+    def round(self) -> list[float]:
+        """Seconds of every step, each run once, in the order of `cases`."""
+        return [self._clock(call) for call in self._calls.values()]
 
-def _inputs(case: StepCase) -> tuple[Tensor, Rows]:
-    """Tokens and rows of a step."""
-    rows = rows_after(case.context, case.rows)
-    return rows.positions % 97, rows
+    def bits(self) -> list[str]:
+        """A hash of the logits of every step: those of equal computations are equal."""
+        return [self._hash_of(case) for case in self.cases]
 
+    def _hash_of(self, case: StepCase) -> str:
+        logits = self._forward(case)().cpu().contiguous()
+        return blake2b(logits.numpy().tobytes(), digest_size=12).hexdigest()
 
-def _step(
-    decoder: Decoder,
-    kv: tuple[LayerKV, ...],
-    view: View,
-    tokens: Tensor,
-    rows: Rows,
-    wanted: Tensor | None,
-) -> None:
-    with torch.inference_mode():
-        decoder.forward(tokens, rows, kv, view, wanted)
+    def _call(self, case: StepCase) -> Callable[[], object]:
+        """A step to time."""
+        forward = self._forward(case)
+        return forward if self._device.type != "cuda" else captured(forward)
+
+    def _forward(self, case: StepCase) -> Callable[[], Tensor]:
+        rows = rows_after(case.context, case.rows, case.batch, is_apart=True)
+        tokens = rows.positions % 97
+        wanted = None
+        if self._device.type == "cuda":
+            tokens, rows = tokens.to(self._device), rows.to(self._device)
+        else:
+            wanted = torch.arange(len(tokens))
+        decoder, kv = self._decoders[case.target], self._kv[case.target]
+
+        def forward() -> Tensor:
+            with torch.inference_mode():
+                return decoder.forward(tokens, rows, kv, case.view, wanted)
+
+        return forward
 
 
 class _Timed:
@@ -166,18 +195,28 @@ def _interpolate(v: Mapping[int, float], rows: int) -> float:
     return v[below] + (v[above] - v[below]) * (rows - below) / (above - below)
 
 
-def summarise(seconds: Mapping[StepCase, float], draft: Activation) -> dict[str, Any]:
-    """c, v and the implied gammas of each target, from the shortest context measured."""
+def summarise(seconds: Mapping[StepCase, float], draft: Activation) -> list[dict[str, Any]]:
+    """c, v and the implied gammas of each target and batch, at the shortest context measured."""
     context = min(case.context for case in seconds)
-    c, v, implied = {}, {}, {}
-    for target in dict.fromkeys(case.target for case in seconds):
-        plain = seconds[StepCase(target, VERIFY, 1, context)]
-        c[target] = seconds[StepCase(target, draft_view(draft), 1, context)] / plain
-        v[target] = {
+    found = []
+    for target, batch in dict.fromkeys((case.target, case.batch) for case in seconds):
+        plain = seconds[StepCase(target, VERIFY, 1, context, batch)]
+        c = seconds[StepCase(target, draft_view(draft), 1, context, batch)] / plain
+        v = {
             case.rows: value / plain
             for case, value in seconds.items()
-            if (case.target, case.view, case.context) == (target, VERIFY, context)
+            if case == StepCase(target, VERIFY, case.rows, context, batch)
         }
-        best = {a: best_gamma(a, c[target], v[target]) for a in ACCEPTANCES}
-        implied[target] = {str(a): {"gamma": g, "speedup": s} for a, (g, s) in best.items()}
-    return {"c": c, "v": v, "implied": implied}
+        best = {a: best_gamma(a, c, v) for a in ACCEPTANCES}
+        implied = {str(a): {"gamma": g, "speedup": s} for a, (g, s) in best.items()}
+        found.append(
+            {
+                "target": target,
+                "batch": batch,
+                "context": context,
+                "c": c,
+                "v": v,
+                "implied": implied,
+            }
+        )
+    return found

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from qspec_llm.bench import decode, enlarge, kernels, shapes, steps, synthetic
+from qspec_llm.bench import decode, gpu_linears, kernels, synthetic
+from qspec_llm.cli import bench_steps
+from qspec_llm.cli.bench_models import checkpoint_of, engine_config, load_targets, model_name
 from qspec_llm.cli.common import progress_bar, read_prompt_file
-from qspec_llm.config import EngineConfig
 from qspec_llm.engine.engine import Engine, Gamma
 from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
@@ -20,11 +21,8 @@ from qspec_llm.kernels import get_backend
 from qspec_llm.kv.blocks import blocks_for
 from qspec_llm.kv.pool import allocate
 from qspec_llm.llm import LLM
-from qspec_llm.model.config import ModelConfig, read_config
-from qspec_llm.model.decoder import Decoder
-from qspec_llm.model.load import load_decoder
+from qspec_llm.model.config import read_config
 from qspec_llm.tokenizer import HFTokenizer
-from qspec_llm.weights.checkpoint import Checkpoint, open_checkpoint
 from qspec_llm.weights.quantize import Target
 from qspec_llm.weights.view import Activation, draft_view
 
@@ -36,9 +34,9 @@ SYNTHETIC = "synthetic acceptance (a coin decides, not the model)"
 
 def run(args: argparse.Namespace) -> None:
     """Run `qspec bench kernels`, `steps`, `decode` or `serve`."""
-    kinds = {"kernels": _kernels, "steps": _steps, "decode": _decode, "serve": _serve}
+    kinds = {"kernels": _kernels, "steps": bench_steps.run, "decode": _decode, "serve": _serve}
     report = kinds[args.bench](args)
-    if args.json:
+    if args.json and report:
         print(json.dumps(report))
 
 
@@ -52,18 +50,14 @@ def _serve(args: argparse.Namespace) -> dict[str, Any]:
     return bench_serve.run(args)
 
 
-def _engine(args: argparse.Namespace, target: Target) -> EngineConfig:
-    return EngineConfig(
-        target=target,
-        group=args.group,
-        threads=args.threads,
-        isa=args.isa,
-        backend=args.backend,
-    )
+def _backend(args: argparse.Namespace) -> str:
+    return engine_config(args, Target.BF16).backend
 
 
 def _kernels(args: argparse.Namespace) -> dict[str, Any]:
-    backend = _engine(args, Target.BF16).backend
+    backend = _backend(args)
+    if args.shape is not None:
+        return _layer(args, backend)
     with progress_bar() as bar:
         task = bar.add_task("kernels", total=None)
         report = kernels.bench(
@@ -79,126 +73,17 @@ def _kernels(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _steps(args: argparse.Namespace) -> dict[str, Any]:
-    if (args.model is None) == (args.shape is None):
-        raise QSpecError("give either a MODEL or --shape, so that one model is measured")
-    checkpoint = _checkpoint(args)
-    config = read_config(checkpoint)
-    contexts = _contexts(args.contexts, config)
-    decoders = _load_targets(args, checkpoint, config, contexts[-1] + max(args.rows))
-    draft = Activation(args.draft)
-    num_cases = len(decoders) * len(contexts) * (1 + len(args.rows))
-    with progress_bar() as bar:
-        total = num_cases * (args.rounds + 1)
-        task = bar.add_task("steps", total=total)
-        costs = steps.step_costs(
-            decoders, draft, args.rows, contexts, args.rounds, lambda: bar.advance(task)
+def _layer(args: argparse.Namespace, backend: str) -> dict[str, Any]:
+    """The linears of one layer on a GPU, against cuBLAS."""
+    if backend != "cuda":
+        raise QSpecError(
+            f"bench kernels --shape needs the cuda backend, not {backend!r}: elsewhere give the "
+            "matrices with --shapes"
         )
-    report = {
-        "backend": args.backend,
-        "model": _name(args),
-        "threads": get_backend(args.backend).num_threads(),
-        "steps": [
-            {
-                "view": "draft" if case.view.is_draft else "verify",
-                "target": case.target,
-                "draft": draft.value if case.view.is_draft else None,
-                "rows": case.rows,
-                "context": case.context,
-                "seconds": seconds,
-            }
-            for case, seconds in costs.items()
-        ],
-        **steps.summarise(costs, draft),
-        "host_share": _host_share(args, decoders),
-    }
+    report = gpu_linears.bench(args.shape, args.rows, group=args.group, rounds=args.rounds)
     if not args.json:
-        _show_steps(report)
+        print(gpu_linears.show(report))
     return report
-
-
-def _checkpoint(args: argparse.Namespace) -> Checkpoint:
-    """The model to measure; weights that are no file's are made where the backend computes."""
-    if not args.shape:
-        if args.enlarge:
-            raise QSpecError("--enlarge needs --shape, the sizes to enlarge to")
-        return open_checkpoint(resolve_model(args.model))
-    args.backend = _engine(args, Target.BF16).backend  # "auto" is resolved
-    device = get_backend(args.backend).device
-    if not args.enlarge:
-        return shapes.RandomCheckpoint(args.shape, device, args.group)
-    small = open_checkpoint(resolve_model(args.enlarge))
-    shape = shapes.SHAPES[args.shape]
-    return enlarge.EnlargedCheckpoint(small, read_config(small), shape, device, args.group)
-
-
-def _name(args: argparse.Namespace) -> str:
-    """The model as a report names it."""
-    if not args.enlarge:
-        return str(args.shape or args.model)
-    return f"{args.enlarge} zero-padded to the shape {args.shape} (it computes what it computed)"
-
-
-def _host_share(args: argparse.Namespace, decoders: dict[str, Decoder]) -> float | None:
-    """Measured on the fastest target, where it is largest; None without a tokenizer."""
-    if args.shape:
-        return None
-    tokenizer = HFTokenizer(resolve_model(args.model))
-    return steps.host_share(next(iter(decoders.values())), tokenizer, num_steps=100)
-
-
-def _contexts(contexts: list[int], config: ModelConfig) -> list[int]:
-    longest = config.context_length - 16
-    if max(contexts) > longest:
-        raise QSpecError(f"context {max(contexts)} is too long; this model allows {longest}")
-    return sorted(contexts)
-
-
-def _load_targets(
-    args: argparse.Namespace, checkpoint: Checkpoint, config: ModelConfig, num_positions: int
-) -> dict[str, Decoder]:
-    decoders = {}
-    for name in args.targets:
-        target = Target(name)
-        engine = _engine(args, target)
-        args.backend = engine.backend  # "auto" is resolved
-        with progress_bar() as bar:
-            task = bar.add_task(f"nesting for {name}", total=None)
-
-            def show(done: int, total: int, task: Any = task, bar: Any = bar) -> None:
-                bar.update(task, completed=done, total=total)
-
-            decoders[name] = load_decoder(
-                checkpoint,
-                config,
-                engine.recipe,
-                get_backend(engine.backend),
-                num_positions=num_positions,
-                progress=show,
-            )
-    return decoders
-
-
-def _show_steps(report: dict[str, Any]) -> None:
-    print(f"{report['model']}, {report['backend']} backend, {report['threads']} threads")
-    print("milliseconds (median):")
-    for step in report["steps"]:
-        view = f"{step['view']} {step['draft'] or ''}".strip()
-        print(
-            f"  {step['target']:<5} {view:<9} rows {step['rows']:>2}  context {step['context']:>5}"
-            f"  {step['seconds'] * 1e3:9.3f}"
-        )
-    for target, c in report["c"].items():
-        v = ", ".join(f"{rows}: {ratio:.2f}" for rows, ratio in report["v"][target].items())
-        print(f"{target}: c = {c:.3f}; v by rows: {v}")
-        for acceptance, best in report["implied"][target].items():
-            print(
-                f"  acceptance {acceptance}: gamma {best['gamma']}, {best['speedup']:.2f}x of plain"
-            )
-    share = report["host_share"]
-    print(
-        "outside kernels: " + ("not measured" if share is None else f"{share:.1%} of a plain step")
-    )
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
@@ -246,9 +131,9 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
         if not args.json:
-            _show_decode(_name(args), target, args.gamma, result)
+            _show_decode(model_name(args), target, args.gamma, result)
     return {
-        "model": _name(args),
+        "model": model_name(args),
         "runs": runs,
         "speedup": {target: result.speedup for target, result in results.items()},
         "identical": {target: result.identical for target, result in results.items()},
@@ -270,12 +155,12 @@ def _loaded(args: argparse.Namespace, target: str) -> tuple[HFTokenizer, Callabl
             max_batch=args.max_batch,
         )
         return llm.tokenizer, llm.new_engine
-    checkpoint = _checkpoint(args)
+    checkpoint = checkpoint_of(args)
     config = read_config(checkpoint)
     num_tokens = min(config.context_length, ENLARGED_TOKENS)
     tokenizer = HFTokenizer(resolve_model(args.enlarge))
     one = argparse.Namespace(**{**vars(args), "targets": [target]})
-    decoder = _load_targets(one, checkpoint, config, num_tokens)[target]
+    decoder = load_targets(one, checkpoint, config, num_tokens)[target]
     view = draft_view(Activation(args.draft))
     num_blocks = args.max_batch * blocks_for(num_tokens)
 
@@ -291,7 +176,7 @@ def _loaded(args: argparse.Namespace, target: str) -> tuple[HFTokenizer, Callabl
 def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
     """Plain, plain again and speculative, at every batch; acceptance is a coin."""
     chance = args.synthetic_acceptance
-    backend = _engine(args, Target.BF16).backend
+    backend = _backend(args)
     if backend != "cuda":
         raise QSpecError(
             f"--synthetic-acceptance needs the cuda backend, not {backend!r}: elsewhere measure "
@@ -299,8 +184,8 @@ def _decode_synthetic(args: argparse.Namespace) -> dict[str, Any]:
         )
     runs: list[dict[str, Any]] = []
     for target in args.targets:
-        checkpoint = _checkpoint(args)
-        decoders = _load_targets(
+        checkpoint = checkpoint_of(args)
+        decoders = load_targets(
             argparse.Namespace(**{**vars(args), "targets": [target]}),
             checkpoint,
             read_config(checkpoint),

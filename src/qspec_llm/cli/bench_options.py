@@ -33,6 +33,11 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="NxK",
         help="matrices of the linears (default: 9728x896 4096x4096)",
     )
+    kernels.add_argument(
+        "--shape",
+        choices=sorted(SHAPE_NAMES),
+        help="instead, on a GPU: the linears of a layer of that shape, every view against cuBLAS",
+    )
     kernels.add_argument("--rows", type=int, nargs="+", default=[1, 5])
     kernels.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
     kernels.add_argument("--group", type=int, default=32, metavar="G")
@@ -45,6 +50,21 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     steps.add_argument("--shape", choices=sorted(SHAPE_NAMES), help="random weights of that shape")
     steps.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 5, 8, 12, 16])
     steps.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
+    steps.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="sequences of a step, each with as many rows and keys of its own (default: 1)",
+    )
+    steps.add_argument(
+        "--against",
+        metavar="COMMAND",
+        help="another version, as a command ('old/.venv/bin/qspec', 'env PYTHONPATH=old/src python "
+        "-m qspec_llm'): its steps take turns with this one's, and their logits are compared",
+    )
+    steps.add_argument("--in-turn", action="store_true", help=argparse.SUPPRESS)
     steps.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
 
     _add_bench_serve(kinds)

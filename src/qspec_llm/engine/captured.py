@@ -6,23 +6,31 @@ from typing import Any
 import torch
 
 from qspec_llm.kernels import Rows
-from qspec_llm.kv.blocks import blocks_for
+from qspec_llm.kv.blocks import BLOCK_SIZE, blocks_for
 
 __all__ = ["captured", "gpu_seconds", "rows_after"]
 
 REPEATS = 8  # of a timed call, one after the other
 
 
-def rows_after(context: int, num_rows: int, num_sequences: int = 1) -> Rows:
-    """`num_rows` rows after `context` tokens, of sequences that share the cache's first blocks."""
+def rows_after(
+    context: int, num_rows: int, num_sequences: int = 1, *, is_apart: bool = False
+) -> Rows:
+    """`num_rows` rows after `context` tokens, of each of some sequences.
+
+    They share the cache's first blocks or, where `is_apart`, have blocks of their own, one sequence
+    behind the other, as a cache that is measured cold wants.
+    """
     stop = context + num_rows
-    positions = torch.arange(context, stop).repeat(num_sequences)
+    num_blocks = blocks_for(stop)
+    first = torch.arange(num_sequences)[:, None] * (num_blocks if is_apart else 0)
+    positions = torch.arange(context, stop).repeat(num_sequences, 1)
     return Rows(
-        positions=positions,
-        slots=positions,
+        positions=positions.flatten(),
+        slots=(first * BLOCK_SIZE + positions).flatten(),
         cu_rows=torch.arange(num_sequences + 1) * num_rows,
         contexts=torch.full((num_sequences,), stop),
-        block_tables=torch.arange(blocks_for(stop)).repeat(num_sequences, 1),
+        block_tables=first + torch.arange(num_blocks),
         is_prompt=False,
     )
 
