@@ -36,7 +36,7 @@ def check_against_direct(form: str, view: View, num_tokens: int) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("num_tokens", [1, 6, 17, 40, 70])
+@pytest.mark.parametrize("num_tokens", [1, 6, 17, 40])
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("form", [*FORMS, "bfloat16"])
 def test_rows_are_those_of_the_direct_kernel(form: str, view: str, num_tokens: int) -> None:
@@ -119,7 +119,7 @@ def test_clusters_in_a_chain_of_dependent_launches() -> None:
             assert_same_bits(out, plain)
 
 
-@pytest.mark.parametrize("token_tiles", range(1, 9))
+@pytest.mark.parametrize("token_tiles", range(1, 1 + split.MAX_TOKENS // 8))
 @pytest.mark.parametrize("act", [8, 16])
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
 def test_x_has_room_in_shared_memory(bits: int, act: int, token_tiles: int) -> None:
@@ -128,10 +128,7 @@ def test_x_has_room_in_shared_memory(bits: int, act: int, token_tiles: int) -> N
         chosen = split.tuning(form, token_tiles, row_tiles, 132)
         for col_tiles in (1, 5, 8, 32, 112, 400):
             laid = split.cut(form, chosen, token_tiles, col_tiles)
-            if token_tiles <= split.MAX_TOKENS // 8:
-                assert laid is not None
-            if laid is None:
-                continue
+            assert laid is not None
             assert laid.smem <= SHARED_BYTES
             pieces = math.ceil(math.ceil(col_tiles / 8) / laid.piece)
             assert laid.slots >= split.LEAST_SLOTS or laid.keeps_x

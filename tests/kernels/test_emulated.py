@@ -181,9 +181,9 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
     [
         ("signed16", "verify", 128, split.Tuning(rows=1, depth=1, teams=4, split=2), 30),
         ("signed16", "a8", 128, split.Tuning(rows=2, depth=2, teams=2, split=1, lead=2), 32),
-        ("signed8", "a8", 32, split.Tuning(rows=1, depth=3, teams=2, split=4, piece=1), 41),
+        ("signed8", "a8", 32, split.Tuning(rows=1, depth=3, teams=2, split=4, piece=1), 39),
         ("affine4", "verify", 64, split.Tuning(rows=2, depth=1, teams=3, split=8, piece=2), 17),
-        ("affine4_offset", "a8", 128, split.Tuning(rows=1, depth=2, teams=2, split=2), 64),
+        ("affine4_offset", "a8", 128, split.Tuning(rows=1, depth=2, teams=2, split=2), 40),
         ("signed8", "verify", 32, split.Tuning(rows=1, depth=1, teams=1, split=2), 9),
     ],
 )
@@ -232,7 +232,8 @@ def test_the_self_check_runs_every_instance(seed: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(split, "multiply", multiply)
     monkeypatch.setattr(split, "can_run", lambda count, _: 2 <= count <= 40)
     monkeypatch.setattr(check, "pack", lambda one, _: layout.pack(one, "cpu"))
-    check._check_form.__wrapped__(stored.spec, 112, VIEWS["a8"], 0)
+    monkeypatch.setattr(check, "COUNTS", [count for count in check.COUNTS if count <= 40])
+    check._check_form.__wrapped__(stored.spec, VIEWS["a8"], 0)
     form = form_of_weight(layout.pack(stored, "cpu"), VIEWS["a8"])  # type: ignore[arg-type]
     assert set(chosen) == {one for tiles in range(1, 6) for one in split.instances(form, tiles)}
 

@@ -423,6 +423,8 @@ DEVICE void barrier_arrive_remote(u32 bar) {
   if (!was_missing) fail("an arrival at a barrier that awaits none");
 }
 
+DEVICE void barrier_release_remote(u32 bar) { barrier_arrive_remote(bar); }
+
 DEVICE void barrier_wait_cluster(u32 bar, u32 parity) { barrier_wait(bar, parity); }
 
 DEVICE void barrier_arrive(u32 bar) {

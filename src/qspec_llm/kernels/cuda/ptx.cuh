@@ -483,7 +483,13 @@ DEVICE float load_remote(u32 at) {
   return v;
 }
 
+// What a warp has read by then may be overwritten by copies that come after it.
 DEVICE void barrier_arrive_remote(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+
+// The same, and by stores of another block that waits for it; a fence of the whole GPU, in machine code.
+DEVICE void barrier_release_remote(u32 bar) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 

@@ -15,8 +15,8 @@
 // place. Weights do not depend on earlier kernels, so the first LEAD tiles of them are on their way before those
 // have ended.
 //
-// Compile-time parameters (tile.cuh and product.cuh have the others), of which none changes a sum: RT, DEPTH, LEAD,
-// TEAMS, SPLIT, SUM_BUFFERS and INBOXES (1 or 2) a team.
+// x has no more than TOKENS rows. Compile-time parameters (tile.cuh and product.cuh have the others), of which none
+// changes a sum: RT, DEPTH, LEAD, TEAMS, SPLIT, SUM_BUFFERS and INBOXES (1 or 2) a team.
 
 #define SWIZZLED 1
 #include "product.cuh"
@@ -36,7 +36,6 @@ struct Problem {
   int num_tokens, num_rows, num_row_tiles, num_col_tiles;
   int pitch;
   int num_panels;
-  int box_tokens;  // of x in a box: no more than there are, since the copy engine is slow to fill up with zeros
   int piece;      // tiles of columns that a slot of x holds
   int num_slots;  // of a range
   int keeps_x;    // there is a slot for every piece
@@ -48,14 +47,11 @@ struct Problem {
 struct Place {
   int rank, cluster, num_clusters;
   int range, team;
-  int first_token, tokens;
 
   DEVICE explicit Place(const Problem& p) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // known to be the same in all lanes
     rank = blockIdx.x % SPLIT, cluster = blockIdx.x / SPLIT, num_clusters = gridDim.x / SPLIT;
     range = rank * SIZE + warp % SIZE, team = warp / SIZE;
-    first_token = blockIdx.y * TOKENS;
-    tokens = min(TOKENS, p.num_tokens - first_token);
   }
 
   // Panels that all teams take in a round, and the first of a team: the last ones, where not all teams have one, go
@@ -72,7 +68,7 @@ struct Window {
   u32 full, empty;  // barriers of the slots
   int first, count;  // tiles of columns
   int num_pieces;    // of a round
-  int total;         // pieces that are read of all rounds
+  int total;         // pieces that are fetched: of all rounds, unless x stays
   int index, at, slot, parity;
 
   // Into the slot of a piece; columns that do not exist arrive as zeros, tokens may be anything.
@@ -81,19 +77,19 @@ struct Window {
     const int tiles = min(p.piece, count - done);
     if (is_elected()) {
       const u32 barrier = full + to * 8;
-      barrier_expect(barrier, tiles * (BOXES * 128 * p.box_tokens + META_TILE));
+      barrier_expect(barrier, tiles * (BOXES * 128 * p.num_tokens + META_TILE));
 #pragma unroll 1
       for (int i = 0; i < tiles; i++) {
         const int tile = first + done + i, room = to * p.piece + i;
 #pragma unroll
         for (int box = 0; box < BOXES; box++) {
-          tensor_load(x + (room * BOXES + box) * BOX_BYTES, map, tile * TILE_COLS + box * (TILE_COLS / BOXES),
-                      place.first_token, barrier);
+          tensor_load(x + (room * BOXES + box) * BOX_BYTES, map, tile * TILE_COLS + box * (TILE_COLS / BOXES), 0,
+                      barrier);
         }
 #if ACT == 8
 #pragma unroll
         for (int group = 0; group < ACT_GROUPS; group++) {
-          const size_t row = (size_t)(tile * ACT_GROUPS + group) * p.pitch + place.first_token;
+          const size_t row = (size_t)(tile * ACT_GROUPS + group) * p.pitch;
           bulk_load(meta + room * META_TILE + group * (TOKENS * 8), p.meta + row * 8, TOKENS * 8, barrier);
         }
 #endif
@@ -119,7 +115,7 @@ struct Window {
     if (!p.keeps_x) {
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + slot * 8);
-      // the place of the piece before it, which others have hardly begun to read less than this one
+      // the slot of the piece before: the other teams have most likely left it
       const int before = index - 1, next = before + p.num_slots;
       if (before >= 0 && next < total && next % TEAMS == place.team) {
         const u32 old = (u32)before % (u32)p.num_slots;
@@ -169,7 +165,7 @@ struct Desk {
   // The block before may use the inbox of round `of` again, if it ever will.
   DEVICE void has_read(const Problem& p, const Place& place, int panel, int of) const {
     if (panel + (INBOXES - round + of) * place.stride() >= p.num_panels) return;
-    barrier_arrive_remote(remote_address(read + of % INBOXES * 8, place.rank - 1));
+    barrier_release_remote(remote_address(read + of % INBOXES * 8, place.rank - 1));
   }
 
   DEVICE void add_up(const Problem& p, const Place& place, int panel) const {
@@ -210,8 +206,8 @@ struct Desk {
       const int of_four = at % 4 + i;
       const int row = panel * ROWS + fragment / NT * TILE_ROWS + lane / 4 + of_four / 2 * 8;
       const int token = fragment % NT * 8 + lane % 4 * 2 + of_four % 2;
-      if (row >= p.num_rows || token >= place.tokens) continue;
-      const size_t to = (size_t)(place.first_token + token) * p.num_rows + row;
+      if (row >= p.num_rows || token >= p.num_tokens) continue;
+      const size_t to = (size_t)token * p.num_rows + row;
       const float value = sum[i] + bias_of(p, row);
       if (p.out_is_float) ((float*)p.out)[to] = value;
       else ((u16*)p.out)[to] = float_to_bf16(value);
@@ -271,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   window.count = count;
   window.num_pieces = (count + p.piece - 1) / p.piece;
   const int rounds = (p.num_panels - place.first_panel(0) + place.stride() - 1) / place.stride();
-  window.total = window.num_pieces * rounds;
+  window.total = window.num_pieces * (p.keeps_x ? 1 : rounds);
   window.index = window.at = window.slot = window.parity = 0;
 
   // the sequence of tiles: those of the range, for every panel

@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 RANGES = 8  # of columns: direct.cu sums in the same ones
-LEAST_TOKENS = 2  # of one, direct.cu reads fewer columns of nothing
-MAX_TOKENS = 40  # of a block; beyond, wide.cu reads x less often
+LEAST_TOKENS = 2  # one is faster in direct.cu
+MAX_TOKENS = 40  # beyond, wide.cu reads x less often
 SMEM = 227 << 10  # of a block
 LEAST_SLOTS = 3  # of a ring, of which one waits for its last reader
 
@@ -51,11 +51,11 @@ class Tuning:
     piece: int = 4
 
 
-LEAST_BUSY = 0.85  # of the warps' time, below which another number of them is better
+LEAST_BUSY = 0.85  # of the warps' time, below which the other instance is better
 
 
 def instances(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
-    """The measured best (docs/gpu-notes.md): that of most matrices, and another number of warps.
+    """The measured best (docs/gpu-notes.md): that of most matrices, and another one beside it.
 
     Args:
         form: of the weights.
@@ -76,6 +76,7 @@ def instances(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
     return usual, Tuning(rows=rows, depth=1, teams=3, split=2)
 
 
+@functools.cache
 def tuning(form: Form, token_tiles: int, row_tiles: int, multiprocessors: int) -> Tuning:
     """Which of the instances: as panels divide among its teams.
 
@@ -168,7 +169,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("meta", "base", "rest", "bias", "out")),
         *((name, ctypes.c_int) for name in (
             "num_tokens", "num_rows", "num_row_tiles", "num_col_tiles", "pitch", "num_panels",
-            "box_tokens", "piece", "num_slots", "keeps_x", "bias_kind", "out_is_float",
+            "piece", "num_slots", "keeps_x", "bias_kind", "out_is_float",
         )),
     )  # fmt: skip
 
@@ -213,10 +214,9 @@ def can_run(num_tokens: int, device: int) -> bool:
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
     """Compute a product; `chosen` is an instance other than the measured best."""
     num_tokens = product.values.shape[0]
+    assert num_tokens <= MAX_TOKENS, f"{num_tokens} rows of x are more than a block takes"
     row_tiles, col_tiles = product.weight.base.shape[:2]
-    blocks = math.ceil(num_tokens / MAX_TOKENS)
-    token_tiles = math.ceil(num_tokens / blocks / 8)
-    box_tokens = min(num_tokens, token_tiles * 8)
+    token_tiles = math.ceil(num_tokens / 8)
     device = product.out.device.index
     tuned = chosen or tuning(product.form, token_tiles, row_tiles, num_multiprocessors(device))
     laid = cut(product.form, tuned, token_tiles, col_tiles)
@@ -224,7 +224,7 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
     function = instance(product.form, token_tiles, tuned, laid)
     panels = math.ceil(row_tiles / tuned.rows)
     slots = _slots(product.form, token_tiles, tuned, laid, device)
-    clusters = min(math.ceil(panels / tuned.teams), max(1, slots // blocks))
+    clusters = min(math.ceil(panels / tuned.teams), max(1, slots))
     rest, bias, meta = product.rest, product.bias, product.meta
     problem = _Problem(
         meta=None if meta is None else meta.data_ptr(),
@@ -238,16 +238,16 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
         num_col_tiles=col_tiles,
         pitch=0 if meta is None else meta.shape[1],
         num_panels=panels,
-        box_tokens=box_tokens,
         piece=laid.piece,
         num_slots=laid.slots,
         keeps_x=int(laid.keeps_x),
         bias_kind=product.bias_kind,
         out_is_float=int(product.out.dtype is torch.float32),
     )
-    box = (box_tokens, TILE_COLS if product.form.act == 8 else TILE_COLS // 2)
+    # boxes of no more rows than there are: the copy engine is slow to fill up with zeros
+    box = (num_tokens, TILE_COLS if product.form.act == 8 else TILE_COLS // 2)
     function.launch(
-        (clusters * tuned.split, blocks),
+        (clusters * tuned.split,),
         _threads(tuned),
         [tensor_map(product.values, box), problem],
         smem=laid.smem,
