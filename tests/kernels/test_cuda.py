@@ -344,14 +344,15 @@ def test_the_self_check_draws_what_the_format_allows() -> None:
     assert_same_stored(layout.unpack(layout.pack(planes, "cpu")), planes)
 
 
-def linear_spec(form: str) -> PlaneSpec:
-    return PlaneSpec(check.ROWS[0], check.COLS, group=64, **FORMS[form])
+def linear_spec(form: str, num_cols: int = 1024) -> PlaneSpec:
+    return PlaneSpec(check.ROWS[0], num_cols, group=64, **FORMS[form])
 
 
 @gpu
-def test_the_self_check_passes_here() -> None:
-    specs = [linear_spec(form) for form in FORMS]
-    check.check([None, *specs], [draft_view(a) for a in Activation])
+@pytest.mark.parametrize("num_cols", [1024, 4096])
+def test_the_self_check_passes_here(num_cols: int) -> None:
+    specs = [linear_spec(form, num_cols) for form in FORMS]
+    check.check([(1, num_cols), *specs], [draft_view(a) for a in Activation])
 
 
 @gpu

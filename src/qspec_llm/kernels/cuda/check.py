@@ -1,8 +1,9 @@
 """A numeric self-check: every kernel that a model will use, once, against float64, before serving.
 
 A driver, a compiler or a chip that computes something else is refused with a sentence instead of
-answering wrongly. The matrices are tiny; what costs time is compiling, which the first forward pass
-would do anyway. Tests in tests/kernels/test_cuda.py go further.
+answering wrongly. The matrices have few rows, and as many columns as the model's, since kernels are
+chosen by them too; what costs time is compiling, which the first forward pass would do anyway.
+Tests in tests/kernels/test_cuda.py go further.
 """
 
 import functools
@@ -17,8 +18,14 @@ from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Rows, reference
 from qspec_llm.kernels.cuda import split
 from qspec_llm.kernels.cuda.device import is_interpreted
-from qspec_llm.kernels.cuda.form import form_of
-from qspec_llm.kernels.cuda.layout import PackedDense, PackedMatrix, PackedPlanes, pack
+from qspec_llm.kernels.cuda.form import form_of_weight
+from qspec_llm.kernels.cuda.layout import (
+    PackedDense,
+    PackedMatrix,
+    PackedPlain,
+    PackedPlanes,
+    pack,
+)
 from qspec_llm.kernels.cuda.linear import linear
 from qspec_llm.kernels.cuda.tables import embed
 from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored, draft_weight, verify_weight
@@ -26,9 +33,9 @@ from qspec_llm.weights.view import VERIFY, View
 
 __all__ = ["check", "check_packed", "some_planes"]
 
-# Rows that leave half a block over, and for blocks in pairs; columns for a cluster to share.
-ROWS, COLS = (112, 128), 1024
-COUNTS = (1, 5, 16, 24, 32, 40, 72)  # every width of instance, and blocks of them
+ROWS = (112, 128)  # that leave half a block over, and for blocks in pairs
+COUNTS = (1, 5, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160)  # one of every width of instance
+PROMPT_COUNT = 72
 LARGEST_ERROR = 1e-4  # norm-relative, of float32 sums
 LARGEST_ROUNDED = 4e-3  # the same, with weights rounded to bf16
 
@@ -37,51 +44,56 @@ def check_packed(packed: Sequence[PackedMatrix], views: Sequence[View]) -> None:
     """`check` for the matrices of a model; Triton's interpreter has no such kernels."""
     if is_interpreted():
         return
-    nested = {one.spec for one in packed if isinstance(one, PackedPlanes)}
-    dense = any(isinstance(one, PackedDense) for one in packed)
-    check([*nested, *([None] if dense else [])], views)
+    tiled = [one for one in packed if isinstance(one, PackedPlanes | PackedDense)]
+    specs = {one.spec if isinstance(one, PackedPlanes) else one.shape for one in tiled}
+    check(specs, views)
 
 
-def check(specs: Iterable[PlaneSpec | None], views: Iterable[View]) -> None:
+def check(specs: Iterable[PlaneSpec | tuple[int, int]], views: Iterable[View]) -> None:
     """Run every kernel that these tensors need in these views, and compare.
 
     Args:
-        specs: of the model's tensors; None stands for a dense bf16 one. Sizes do not matter.
+        specs: of the model's tensors; [N, K] stands for a dense bf16 one. Their rows do not matter.
         views: what the engine will read besides `VERIFY`.
 
     Raises:
         QSpecError: a kernel computed something else.
     """
-    forms = {
-        (None if spec is None else replace(spec, num_rows=rows, num_cols=COLS), rows)
+    sizes = {
+        replace(spec, num_rows=rows) if isinstance(spec, PlaneSpec) else (rows, spec[1])
         for spec in specs
         for rows in ROWS
     }
     device = torch.cuda.current_device()
-    for form, rows in forms:
+    for spec in sizes:
         for view in {VERIFY, *views}:
-            _check_form(form, rows, view, device)
+            _check_form(spec, view, device)
 
 
 @functools.cache
-def _check_form(spec: PlaneSpec | None, rows: int, view: View, device: int) -> None:
-    stored = some_planes(spec) if spec is not None else _some_dense(rows)
+def _check_form(spec: PlaneSpec | tuple[int, int], view: View, device: int) -> None:
+    stored: Stored
+    if isinstance(spec, PlaneSpec):
+        stored, name = some_planes(spec), f"a {spec.bits}-bit {spec.grid} tensor"
+    else:
+        stored, name = _some_dense(spec), "a dense tensor"
     packed = pack(stored, torch.device("cuda", device))
-    name = "a dense tensor" if spec is None else f"a {spec.bits}-bit {spec.grid} tensor"
+    assert not isinstance(packed, PackedPlain)
+    rows, cols = packed.shape
     weight = _weight(stored, view)
     for is_prompt in (False, True):
-        for count in COUNTS[-1:] if is_prompt else COUNTS:
+        for count in (PROMPT_COUNT,) if is_prompt else COUNTS:
             generator = torch.Generator().manual_seed(count)
-            x = torch.randn(count, COLS, generator=generator).bfloat16()
+            x = torch.randn(count, cols, generator=generator).bfloat16()
             wide = x.float()
-            if view.is_draft and spec is not None:
+            if view.is_draft and isinstance(packed, PackedPlanes):
                 wide = reference.round_activations(wide, view.activation)
             expected = wide.double() @ weight.t()
-            what = f"{name}, {view.activation}, {count} rows"
+            what = f"{name} of {cols} columns, {view.activation}, {count} rows"
             limit = LARGEST_ROUNDED if is_prompt else LARGEST_ERROR
             chosen: tuple[split.Tuning | None, ...] = (None,)
             if not is_prompt and split.can_run(count, device):
-                chosen = split.instances(form_of(spec, view, 64), math.ceil(count / 8))
+                chosen = split.instances(form_of_weight(packed, view), math.ceil(count / 8))
             for one in chosen:
                 out = torch.full((count, rows), torch.nan, device=packed.tensors()[0].device)
                 here = x.to(out.device)
@@ -110,9 +122,9 @@ def _weight(stored: Stored, view: View) -> Tensor:
     return (draft_weight(stored) if view.is_draft else verify_weight(stored)).double()
 
 
-def _some_dense(rows: int) -> Dense:
+def _some_dense(shape: tuple[int, int]) -> Dense:
     generator = torch.Generator().manual_seed(0)
-    return Dense(torch.randn(rows, COLS, generator=generator).bfloat16(), "a self-check")
+    return Dense(torch.randn(shape, generator=generator).bfloat16(), "a self-check")
 
 
 def some_planes(spec: PlaneSpec) -> Planes:
