@@ -179,10 +179,6 @@ struct Stream {
 
 typedef float Accumulators[NT][4];
 
-DEVICE void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // One tile of columns of x: its descriptor, and the shared address of its scales and sums.
 struct TileOfX {
   u32 x, meta;
@@ -482,11 +478,6 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 }
 #endif
 
-DEVICE void store_shared4(u32 at, float a, float b, float c, float d) {
-  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(at), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
-}
-
 // ---- results -------------------------------------------------------------------------------------
 
 DEVICE float bias_of(const Problem& p, int row) {
@@ -549,20 +540,15 @@ DEVICE void write_sums(float4* to, const Accumulators& acc) {
 DEVICE void pass_on(const Problem& p, const Lane& l, const Accumulators& total, int block) {
   write_sums(p.parts + (size_t)place_of(p, block) * ITEMS + threadIdx.x, total);
   __syncwarp();
-  if (l.lane == 0) {
-    u32* flag = p.flags + place_of(p, block) * WARPS + l.warp;
-    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
-  }
+  if (l.lane == 0) store_release(p.flags + place_of(p, block) * WARPS + l.warp, 1);
 }
 
 // What the thread block before this one passed on; acc is added to it.
 DEVICE void go_on(const Problem& p, const Lane& l, Accumulators& acc, int block) {
   u32* flag = p.flags + place_of(p, block) * WARPS + l.warp;
   if (l.lane == 0) {
-    u32 is_there;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(is_there) : "l"(flag) : "memory");
-    } while (!is_there);
+    while (!load_acquire(flag)) {
+    }
     *flag = 0;
   }
   __syncwarp();
@@ -589,9 +575,7 @@ DEVICE void add_total(Accumulators& acc, u32 totals) {
 
 DEVICE void keep_total(u32 totals, const Accumulators& acc) {
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
-    store_shared4(totals + n * (THREADS * 16), acc[n][0], acc[n][1], acc[n][2], acc[n][3]);
-  }
+  for (int n = 0; n < NT; n++) store_shared4(totals + n * (THREADS * 16), acc[n]);
 }
 
 // A range of a share is summed.
@@ -625,25 +609,15 @@ DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 to
 DEVICE u32 arrive(const Problem& p, int block, u32 count) {
   __syncthreads();
   u32 seen = 0;
-  if (threadIdx.x == 0) {
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(seen)
-                 : "l"(p.arrivals + place_of(p, block)), "r"(count)
-                 : "memory");
-  }
+  if (threadIdx.x == 0) seen = add_and_order(p.arrivals + place_of(p, block), count);
   return (seen / RANGES + 1) * RANGES;
 }
 
 // Wait for all ranges of a block of rows, then add them up and store this thread block's slice.
 DEVICE void fold(const Problem& p, int block, u32 all) {
   if (threadIdx.x == 0) {
-    u32 seen;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                   : "=r"(seen)
-                   : "l"(p.arrivals + place_of(p, block))
-                   : "memory");
-    } while ((int)(seen - all) < 0);
+    while ((int)(load_acquire(p.arrivals + place_of(p, block)) - all) < 0) {
+    }
   }
   __syncthreads();
   const int head = owner_of(p, block * RANGES), tail = owner_of(p, block * RANGES + RANGES - 1);
@@ -769,7 +743,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   Ring ring;
   ring.x = (smem_address(raw_bytes) + 1023) / 1024 * 1024;
   ring.meta = ring.x + p.num_stages * X_BYTES;
-  asm volatile("mov.u32 %0, %1;" : "=r"(ring.full) : "r"(smem_address(barriers)));  // computed once
+  ring.full = computed_once(smem_address(barriers));
   ring.empty = ring.full + MAX_STAGES * 8;
   const u32 totals = ring.meta + p.num_stages * META_BYTES + threadIdx.x * 16;
 
