@@ -54,12 +54,6 @@ BF16 = torch.bfloat16
 LINEARS = ("qkv", "output", "gate_up", "down")
 
 
-@pytest.fixture(params=[1, 2])
-def seed(request: pytest.FixtureRequest) -> int:
-    """Of the order in which warps go on and copies arrive."""
-    return int(request.param)
-
-
 @pytest.fixture(autouse=True)
 def emulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches run on the CPU, as on a small GPU of Hopper's kind."""
