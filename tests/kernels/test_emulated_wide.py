@@ -26,6 +26,7 @@ from qspec_llm.weights.view import VERIFY
 
 pytestmark = pytest.mark.skipif(not CAN_RUN, reason="emulation needs g++ on x86-64 Linux")
 WORKSPACE_BYTES = 8 << 20
+SOON_AGAIN = -2 * wide.RANGES  # arrivals so far: after two launches they count from 0 on again
 FAULTS = ["none", "holds too early", "does not hold", "does not begin", "lacks a warp",
           "does not wait", "overwrites"]  # fmt: skip
 Workspace = tuple[Tensor, Tensor, Tensor]
@@ -55,7 +56,7 @@ def workspace(seed: int, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.setattr(wide, "WORKSPACE_BYTES", WORKSPACE_BYTES)
     room = (
         torch.full((WORKSPACE_BYTES,), 255, dtype=torch.uint8),
-        torch.zeros(wide.WORKSPACE_COUNTERS, dtype=torch.int32),
+        torch.full((wide.WORKSPACE_COUNTERS,), SOON_AGAIN, dtype=torch.int32),
         torch.zeros(wide.WORKSPACE_COUNTERS * wide.MAX_WARPS, dtype=torch.int32),
     )
     monkeypatch.setattr(wide, "_workspace", lambda _: room)
@@ -147,7 +148,7 @@ def test_the_cut_changes_no_bit(form: str, num_tokens: int, workspace: Workspace
             assert_same_bits(other.out, product.out)
     _, arrivals, flags = workspace
     assert not (arrivals % wide.RANGES).any()
-    assert arrivals[:3].all()
+    assert (arrivals[:3] >= 0).all()
     assert not flags.any()
 
 

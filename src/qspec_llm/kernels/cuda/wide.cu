@@ -604,19 +604,19 @@ DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 to
   clear(acc);
 }
 
-// This block's sums of `count` ranges of some rows are in the workspace. Thread 0 gets the count that
-// says that all ranges are.
+// This block's sums of `count` ranges of some rows are in the workspace. Thread 0 gets the largest count
+// that says that not all are: never 0, although counts begin again after the largest number.
 DEVICE u32 arrive(const Problem& p, int block, u32 count) {
   __syncthreads();
   u32 seen = 0;
   if (threadIdx.x == 0) seen = add_and_order(p.arrivals + place_of(p, block), count);
-  return (seen / RANGES + 1) * RANGES;
+  return (seen / RANGES + 1) * RANGES - 1;
 }
 
 // Wait for all ranges of a block of rows, then add them up and store this thread block's slice.
-DEVICE void fold(const Problem& p, int block, u32 all) {
+DEVICE void fold(const Problem& p, int block, u32 too_few) {
   if (threadIdx.x == 0) {
-    while ((int)(load_acquire(p.arrivals + place_of(p, block)) - all) < 0) {
+    while ((int)(load_acquire(p.arrivals + place_of(p, block)) - too_few) <= 0) {
     }
   }
   __syncthreads();
@@ -673,11 +673,11 @@ DEVICE void fetch_x(const Problem& p, const Ring& ring, const TensorMap* map, in
 
 // What a thread block seldom looks at lies in shared memory; registers are short.
 struct Seldom {
-  int begin, end;                 // units
-  int num_tiles;                  // of all shares: the last block of rows first, the first one last
-  int head_column, head_tiles;    // of the first share
-  int whole_tiles, tail_column;   // of those in the middle, and of the last
-  u32 all_of_first, all_of_last;  // arrivals to wait for, of rows that others share
+  int begin, end;                // units
+  int num_tiles;                 // of all shares: the last block of rows first, the first one last
+  int head_column, head_tiles;   // of the first share
+  int whole_tiles, tail_column;  // of those in the middle, and of the last
+  u32 too_few_of_first, too_few_of_last;  // arrivals, of rows that others share; else 0
 
   DEVICE void plan(const Problem& p, int i) {
     begin = first_unit(p, i), end = first_unit(p, i + 1);
@@ -689,7 +689,7 @@ struct Seldom {
     tail_column = first_column;
     num_tiles = head_tiles + whole_tiles;
     if (first_block < last_block) num_tiles += p.num_col_tiles - tail_column;
-    all_of_first = all_of_last = 0;
+    too_few_of_first = too_few_of_last = 0;
   }
 
   DEVICE int column_of(const Problem& p, int tile) const {
@@ -856,9 +856,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (++range == done.last) {
       const int begin = rare.begin, end = rare.end;
       if (!p.passes && (done.first > 0 || done.last < RANGES)) {
-        const u32 all = arrive(p, done.block, done.last - done.first);
+        const u32 too_few = arrive(p, done.block, done.last - done.first);
         if (threadIdx.x == 0) {
-          (done.block == begin / RANGES ? seldom.all_of_first : seldom.all_of_last) = all;
+          (done.block == begin / RANGES ? seldom.too_few_of_first : seldom.too_few_of_last) = too_few;
         }
       }
       if (done.block == begin / RANGES) break;
@@ -874,6 +874,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   if (p.passes) return;
   __syncthreads();
-  if (seldom.all_of_first) fold(p, seldom.begin / RANGES, seldom.all_of_first);
-  if (seldom.all_of_last) fold(p, (seldom.end - 1) / RANGES, seldom.all_of_last);
+  if (seldom.too_few_of_first) fold(p, seldom.begin / RANGES, seldom.too_few_of_first);
+  if (seldom.too_few_of_last) fold(p, (seldom.end - 1) / RANGES, seldom.too_few_of_last);
 }
