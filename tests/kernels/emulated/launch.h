@@ -7,7 +7,8 @@
 
 #include <utility>
 
-constexpr int MOST_IDLE = 10000;  // turns in which nobody can go on
+constexpr int MOST_IDLE = 10000;    // turns in which nobody can go on
+constexpr int TURNS_OF_SLOW = 128;  // and warp, until another one falls behind
 constexpr auto MOST_DELAY = std::chrono::microseconds(2000);  // of a block after others that run with it
 constexpr auto MOST_SECONDS = std::chrono::seconds(60);       // of a launch
 
@@ -53,7 +54,8 @@ static void compare_products(Block& block) {
   }
 }
 
-// Runs a warp until it waits, warp after warp, and now and then lets a bulk copy arrive.
+// Runs a warp until it waits, warp after warp, and now and then lets a bulk copy arrive. One warp seldom has its
+// turn, so that it is as far behind the others as these let it be.
 static void run_block(Block& block) {
   Launch& launch = *block.launch;
   this_emulated_block = &block;
@@ -62,7 +64,8 @@ static void run_block(Block& block) {
   for (int i = 0; i < launch.num_threads; i++) start_fiber(block.fibers[i], i);
   if (launch.at_a_time > 1) std::this_thread::sleep_for(block.draw() % 1000 * MOST_DELAY / 1000);
   const auto end = std::chrono::steady_clock::now() + MOST_SECONDS;
-  int left = launch.num_threads, idle = 0;
+  const int num_warps = launch.num_threads / 32;
+  int left = launch.num_threads, idle = 0, slow = block.draw() % num_warps;
   for (u64 turn = 1; left && !launch.has_failed; turn++) {
     if (turn % 64 == 0) {
       std::this_thread::yield();
@@ -70,7 +73,10 @@ static void run_block(Block& block) {
     }
     if (block.draw() % 3 == 0) let_one_arrive(block);
     if (++idle > MOST_IDLE && block.bulk_copies.empty()) launch.fail("all wait for what never comes");
-    const int warp = block.draw() % (launch.num_threads / 32), first = block.draw() % 32;
+    if (turn % (TURNS_OF_SLOW * num_warps) == 0) slow = block.draw() % num_warps;
+    int warp = block.draw() % num_warps;
+    if (warp == slow && block.draw() % 8) warp = block.draw() % num_warps;
+    const int first = block.draw() % 32;
     for (int i = 0; i < 32; i++) {
       this_fiber = &block.fibers[warp * 32 + (first + i) % 32];
       if (this_fiber->is_done || this_fiber->waits) continue;
