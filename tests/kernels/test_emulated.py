@@ -1,7 +1,8 @@
 """CUDA kernels on a CPU (emulated/): what they compute, whatever the order of their warps.
 
 What a GPU adds, instructions that round in their own way and memory that is ordered in its own way,
-only the GPU tests see. What multiplies by warpgroups is not emulated: wide.cu and fused.cu.
+only the GPU tests see. What multiplies by warpgroups, wide.cu and fused.cu, is tested in
+test_emulated_wide.py.
 """
 
 import platform
