@@ -84,14 +84,31 @@ struct Products {
     int group;
     std::function<void()> compute;
   };
+  struct Operand {
+    int group;
+    u32 from, to;  // shared addresses
+  };
   bool has_begun = false;
   int num_committed = 0, num_awaited = 0;  // groups
   std::deque<Product> under_way;
+  std::deque<Operand> operands;  // of products that are not waited for
   std::vector<u64> issued;  // what they were: all warps of a warpgroup issue the same
 
   void compute_first() {
     under_way.front().compute();
     under_way.pop_front();
+  }
+
+  void wait_for(int num_groups) {
+    num_awaited = max(num_awaited, num_groups);
+    while (!under_way.empty() && under_way.front().group < num_awaited) compute_first();
+    while (!operands.empty() && operands.front().group < num_awaited) operands.pop_front();
+  }
+
+  bool may_read(u32 from, u32 to) const {
+    for (const Operand& operand : operands)
+      if (operand.from < to && from < operand.to) return true;
+    return false;
   }
 };
 

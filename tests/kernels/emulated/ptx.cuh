@@ -366,6 +366,10 @@ inline void copy_to_blocks(u32 to, u32 bytes, u32 bar, u32 blocks, const Write& 
     Block* const block = cluster[rank];
     u8* const there = shared_at(*block, to, 16);
     if (to + bytes > block->shared_bytes) fail("a bulk copy past the end of shared memory");
+    if (block == this_emulated_block) {  // others are not to be looked into from here
+      for (const auto& [warp, products] : block->products)
+        if (products.may_read(to, to + bytes)) fail("a bulk copy to where products may still read");
+    }
     const auto arrive = [=]() {
       write(there);
       with_barrier(*block, bar, [=](Barrier& barrier) {

@@ -1,9 +1,8 @@
 // What stands for kernels/cuda/wgmma.cuh on a CPU: the same functions.
 //
-// A product reads B, and writes its sums, at a drawn time from its issue to the wait that covers it, most often
-// at the end. Its sums are kept apart: the variables that stand for them hold no number until `hold`, which fails
-// before that wait. A is copied at once: its variables may be used again as soon as a product is issued, since
-// loops that a GPU's compiler unrolls have other registers every time.
+// A product reads its operands, and writes its sums, at a drawn time from its issue to the wait that covers it, most
+// often at the end. The variables of operand A must live, and keep their values, as long. Sums are kept apart: the
+// variables that stand for them hold no number until `hold`, which fails before that wait.
 //
 // Each warp does its 16 rows by itself, as far ahead of the other three as it may come; that all four have issued
 // the same products is looked at when the block has ended.
@@ -36,10 +35,7 @@ DEVICE void wgmma_commit() {
 template <int LEFT>
 DEVICE void wgmma_wait() {
   by_warp([](Fiber**) {
-    Products& products = products_of_warp();
-    products.num_awaited = max(products.num_awaited, products.num_committed - LEFT);
-    while (!products.under_way.empty() && products.under_way.front().group < products.num_awaited)
-      products.compute_first();
+    products_of_warp().wait_for(products_of_warp().num_committed - LEFT);
   });
 }
 
@@ -66,8 +62,7 @@ inline void warpgroup_product(Sum (&d)[TILES][4], const u32 (&a)[4], u32 b, cons
     if (!is_new && words[i] != NO_SUM) fail("sums of products that are overwritten, and not held before");
     words[i] = NO_SUM;
   }
-  this_fiber->operands[0] = (u64)&this_fiber->sums[d];
-  for (int i = 0; i < 4; i++) this_fiber->operands[1 + i] = a[i];
+  this_fiber->operands[0] = (u64)&this_fiber->sums[d], this_fiber->operands[1] = (u64)a;
   by_warp([=](Fiber** lanes) {
     Block* const block = this_emulated_block;
     Products& products = products_of_warp();
@@ -75,19 +70,19 @@ inline void warpgroup_product(Sum (&d)[TILES][4], const u32 (&a)[4], u32 b, cons
     const u32 first = b % (1 << 14) * 16;
     if (b >> 14 != 4) fail("a descriptor that is none of x_descriptor's");
     if (first % 128 + 32 > 128 || first / 128 % 8) fail("an operand across the end of its rows");
-    std::vector<u32> left_words;
     std::vector<Sums*> sums;
+    std::vector<const u32*> registers;
     for (int l = 0; l < 32; l++) {
       sums.push_back((Sums*)lanes[l]->operands[0]);
       sums.back()->last_group = products.num_committed;
-      for (int i = 0; i < 4; i++) left_words.push_back((u32)lanes[l]->operands[1 + i]);
+      registers.push_back((const u32*)lanes[l]->operands[1]);
     }
     const auto compute = [=]() {
       Value left[16][COLUMNS];
       for (int l = 0; l < 32; l++) {
         for (int i = 0; i < PACKED * 4; i++) {
           const int r = i / PACKED, col = l % 4 * PACKED + i % PACKED + r / 2 * COLUMNS / 2;
-          left[l / 4 + r % 2 * 8][col] = of_left(left_words[l * 4 + r] >> i % PACKED * (32 / PACKED));
+          left[l / 4 + r % 2 * 8][col] = of_left(registers[l][r] >> i % PACKED * (32 / PACKED));
         }
       }
       for (int token = 0; token < TILES * 8; token++) {
@@ -106,6 +101,7 @@ inline void warpgroup_product(Sum (&d)[TILES][4], const u32 (&a)[4], u32 b, cons
       }
     };
     products.under_way.push_back({products.num_committed, compute});
+    products.operands.push_back({products.num_committed, first / 128 * 128, first / 128 * 128 + TILES * 1024});
     products.issued.push_back(b | (u64)(TILES * 8 + PACKED) << 32 | (u64)KEEP << 48);
     while (!products.under_way.empty() && block->draw() % 4 == 0) products.compute_first();
   });

@@ -178,6 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   u32 full, parity = 1;
 #if ROLLS
   u32 release = 0;  // of the tile whose products are still in flight
+  Operands a;       // of these
 #endif
   for (;;) {
     if (tile < at.range_end) {  // a range may be empty
@@ -213,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         next.skip();
         barrier_wait_whole(full, parity);
 #if ROLLS
-        multiply_tile(acc, raw, l, of_x, next, is_there, release);
+        multiply_tile(acc, raw, l, of_x, next, is_there, release, a);
         release = full + MAX_STAGES * 8;
 #else
         multiply_tile(acc, raw, l, of_x, next, is_there);

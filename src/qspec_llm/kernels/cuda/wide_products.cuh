@@ -7,6 +7,9 @@
 #include "wgmma.cuh"
 #include "wide_weights.cuh"
 
+// Operand A of two pairs of steps: products read one pair while the next is decoded.
+typedef u32 Operands[2][2][4];
+
 // One tile of columns of x: its descriptor, and the shared address of its scales and sums.
 struct TileOfX {
   u32 x, meta;
@@ -182,6 +185,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     }
   }
   next.load_scales(raw, is_there);
+  Operands a;
   float d[NT][4];
 #if HAS_SHIFT
   float ones[NT][4];
@@ -201,19 +205,18 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #else
     const u32 low[4] = {0, 0, 0, 0};
 #endif
-    u32 a[2][4];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      levels_of(a[i], codes[pair % 2 * 2 + i], low[pair % 2 * 2 + i]);
-      settle(a[i]);
+      levels_of(a[pair % 2][i], codes[pair % 2 * 2 + i], low[pair % 2 * 2 + i]);
+      settle(a[pair % 2][i]);
     }
     if (pair % 2) next.load_half(raw, is_there, h);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const u32 b = tile.x + (h * (X_BYTES / 2) + (pair % 2 * 2 + i) * 32) / 16;
-      if (starts && i == 0) wgmma_bf16<false>(d, a[i], b);
-      else wgmma_bf16<true>(d, a[i], b);
+      if (starts && i == 0) wgmma_bf16<false>(d, a[pair % 2][i], b);
+      else wgmma_bf16<true>(d, a[pair % 2][i], b);
 #if HAS_SHIFT
       if (starts && i == 0) wgmma_bf16<false>(ones, one, b);
       else wgmma_bf16<true>(ones, one, b);
@@ -244,9 +247,12 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
                           const Stream& next, bool is_there
 #if ROLLS
                           ,
-                          u32 release
+                          u32 release, Operands& a
 #endif
 ) {
+#if !ROLLS
+  Operands a;
+#endif
 #if BITS == 16
   u32 scale[GROUPS_PER_TILE][2], half[GROUPS_PER_TILE][2];
 #pragma unroll
@@ -265,12 +271,12 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #if ROLLS
     if (pair == 1 && l.lane == 0 && release) barrier_arrive(release);  // so is the tile before
 #endif
-    u32 a[2][4];
+    u32(&now)[2][4] = a[pair % 2];
 #if BITS == 0
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const uint4 w = raw.pieces[h][pair % 2 * 2 + i];
-      a[i][0] = w.x, a[i][1] = w.y, a[i][2] = w.z, a[i][3] = w.w;
+      now[i][0] = w.x, now[i][1] = w.y, now[i][2] = w.z, now[i][3] = w.w;
     }
 #else
     const uint4 w = raw.pieces[h][0], e = raw.pieces[h][1], f = raw.pieces[h][2 + pair % 2];
@@ -279,17 +285,17 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     const u32 r8[2][2] = {{f.x, f.y}, {f.z, f.w}};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      exact_of(a[i], codes[i], r4[i], r8[i], scale[pair * 32 / GROUP], half[pair * 32 / GROUP]);
+      exact_of(now[i], codes[i], r4[i], r8[i], scale[pair * 32 / GROUP], half[pair * 32 / GROUP]);
     }
 #endif
-    settle(a[0]), settle(a[1]);
+    settle(now[0]), settle(now[1]);
 #if BITS
     if (pair % 2) next.load_half(raw, is_there, h);
 #endif
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      wgmma_bf16<true>(acc, a[i], tile.x + (h * (X_BYTES / 2) + (pair % 2 * 2 + i) * 32) / 16);
+      wgmma_bf16<true>(acc, now[i], tile.x + (h * (X_BYTES / 2) + (pair % 2 * 2 + i) * 32) / 16);
     }
     wgmma_commit();
 #if !BITS
