@@ -17,7 +17,7 @@ from torch import Tensor
 from qspec_llm.kernels.cuda.compile import SOURCES, addresses, arguments
 
 EMULATED = Path(__file__).parent / "emulated"  # its ptx.cuh stands for that of the kernels
-OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-pthread")
+OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC", "-pthread")
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];")
 
 

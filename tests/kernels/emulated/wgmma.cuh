@@ -39,6 +39,8 @@ DEVICE void wgmma_wait() {
   });
 }
 
+DEVICE void converged() { __syncwarp(); }
+
 DEVICE void barrier_wait_whole(u32 bar, u32 parity) { barrier_wait(bar, parity); }
 
 template <int LEFT>

@@ -28,6 +28,11 @@ DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// Lanes that issued a product together and have taken no branch since are at the same instruction: what any of them
+// read before, all have. No instruction says so: __syncwarp, which promises it, costs drafts of 96 tokens spilled
+// registers in the loop over tiles.
+DEVICE void converged() {}
+
 // barrier_wait as one piece of assembly: with a loop around it the compiler takes what follows for
 // divergent, and keeps warpgroup products from overlapping (ptxas, C7520).
 DEVICE void barrier_wait_whole(u32 bar, u32 parity) {

@@ -218,6 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         release = full + MAX_STAGES * 8;
 #else
         multiply_tile(acc, raw, l, of_x, next, is_there);
+        converged();  // all lanes have read the scales of x
         if (l.lane == 0) barrier_arrive(full + MAX_STAGES * 8);
 #endif
         of_x.x += X_BYTES / 16, of_x.meta += META_BYTES, full += 8;
