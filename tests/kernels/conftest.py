@@ -1,4 +1,4 @@
-"""Compiling kernels where NVRTC is installed, with or without a GPU."""
+"""Compiling kernels where NVRTC is installed, and the orders of emulated ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,3 +25,9 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compile:
             raise
 
     return compile_
+
+
+@pytest.fixture(params=[1, 2])
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of the order in which the warps of an emulated kernel go on and copies arrive."""
+    return int(request.param)

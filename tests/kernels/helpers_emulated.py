@@ -17,8 +17,8 @@ from torch import Tensor
 from qspec_llm.kernels.cuda.compile import SOURCES, addresses, arguments
 
 EMULATED = Path(__file__).parent / "emulated"  # its ptx.cuh stands for that of the kernels
-OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-pthread")
-DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\(\d+\) ([\w ]+) (\w+)\[\];")
+OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC", "-pthread")
+DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];")
 
 
 @functools.cache
@@ -61,11 +61,18 @@ def tensor_map(matrix: Tensor, box: tuple[int, int]) -> Any:
 
 
 class Emulated:
-    """Stands for `compile.Kernel`, with tensors on a CPU."""
+    """Stands for `compile.Kernel`, with tensors on a CPU.
 
-    def __init__(self, source: str, function: str, seed: int, **defines: object) -> None:
+    With `at_once` all blocks run at a time, as on a GPU that has room for them, so that they may
+    wait for each other; else a cluster after another, unless a launch is cooperative.
+    """
+
+    def __init__(
+        self, source: str, function: str, seed: int, *, at_once: bool = False, **defines: object
+    ) -> None:
         items = tuple(sorted((name, str(value)) for name, value in defines.items()))
         self._emulate, self._seed = _compiled(source, function, items), seed
+        self._at_once = at_once
 
     def launch(
         self,
@@ -87,5 +94,6 @@ class Emulated:
         pointers = addresses(values)
         sizes = (ctypes.c_int * 3)(*(*grid, 1, 1)[:3])
         smem_bytes, seed = ctypes.c_size_t(smem), ctypes.c_uint(self._seed)
-        why = self._emulate(pointers, sizes, block, smem_bytes, cluster, int(cooperative), seed)
+        at_once = int(cooperative or self._at_once)
+        why = self._emulate(pointers, sizes, block, smem_bytes, cluster, at_once, seed)
         assert why is None, why.decode()

@@ -1,7 +1,8 @@
 """CUDA kernels on a CPU (emulated/): what they compute, whatever the order of their warps.
 
 What a GPU adds, instructions that round in their own way and memory that is ordered in its own way,
-only the GPU tests see. What multiplies by warpgroups is not emulated: wide.cu and fused.cu.
+only the GPU tests see. What multiplies by warpgroups, wide.cu and fused.cu, is tested in
+test_emulated_wide.py.
 """
 
 import platform
@@ -52,12 +53,6 @@ pytestmark = pytest.mark.skipif(not CAN_RUN, reason="emulation needs g++ on x86-
 MULTIPROCESSORS = 4
 BF16 = torch.bfloat16
 LINEARS = ("qkv", "output", "gate_up", "down")
-
-
-@pytest.fixture(params=[1, 2])
-def seed(request: pytest.FixtureRequest) -> int:
-    """Of the order in which warps go on and copies arrive."""
-    return int(request.param)
 
 
 @pytest.fixture(autouse=True)

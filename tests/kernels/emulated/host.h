@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -52,9 +53,18 @@ inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
+struct Block;
+struct Launch;
+
 // ---- fibres --------------------------------------------------------------------------------------
 
 constexpr size_t STACK = 96 << 10, NUM_OPERANDS = 20;
+
+// Registers that warpgroup products sum up in, from the first product to `hold`; nothing else sees them.
+struct Sums {
+  std::vector<u32> words;
+  int last_group;  // of products
+};
 
 struct Fiber {
   int thread;
@@ -65,6 +75,41 @@ struct Fiber {
   u64 operands[NUM_OPERANDS];                              // of what its warp does together
   std::vector<std::function<void()>> copies;               // not committed
   std::vector<std::vector<std::function<void()>>> groups;  // committed, not waited for
+  std::map<const void*, Sums> sums;                        // by the place of what they stand for
+};
+
+// Warpgroup products of one warp, which are done in order: when they are waited for, or before.
+struct Products {
+  struct Product {
+    int group;
+    std::function<void()> compute;
+  };
+  struct Operand {
+    int group;
+    u32 from, to;  // shared addresses
+  };
+  bool has_begun = false;
+  int num_committed = 0, num_awaited = 0;  // groups
+  std::deque<Product> under_way;
+  std::deque<Operand> operands;  // of products that are not waited for
+  std::vector<u64> issued;  // what they were: all warps of a warpgroup issue the same
+
+  void compute_first() {
+    under_way.front().compute();
+    under_way.pop_front();
+  }
+
+  void wait_for(int num_groups) {
+    num_awaited = max(num_awaited, num_groups);
+    while (!under_way.empty() && under_way.front().group < num_awaited) compute_first();
+    while (!operands.empty() && operands.front().group < num_awaited) operands.pop_front();
+  }
+
+  bool may_read(u32 from, u32 to) const {
+    for (const Operand& operand : operands)
+      if (operand.from < to && from < operand.to) return true;
+    return false;
+  }
 };
 
 // An mbarrier.
@@ -79,9 +124,6 @@ struct Barrier {
     missing = arrivals;
   }
 };
-
-struct Block;
-struct Launch;
 
 // On its way into a block's shared memory.
 struct BulkCopy {
@@ -98,17 +140,20 @@ struct Block {
   std::vector<u8> memory;  // dynamic shared memory
   u8* shared;              // its first aligned byte
   size_t shared_bytes;
+  u8* statics;  // where addresses of shared memory that is not dynamic are counted from
+  std::map<u32, size_t> static_sizes;  // of what has an address, in bytes
   std::vector<Fiber> fibers;
   std::mt19937 draw;
   std::map<int, std::vector<Fiber*>> meetings;
   std::vector<BulkCopy> bulk_copies;  // that this block asked for
+  std::map<int, Products> products;  // by warp
   std::mutex barriers_mutex;          // other blocks of the cluster may copy into this one
   std::map<u32, Barrier> barriers;
   std::atomic<int>* cluster_arrivals;
 };
 
 struct Launch {
-  int grid[3], num_threads, cluster;
+  int grid[3], num_threads, cluster, at_a_time;  // the last in blocks
   std::atomic<bool> has_failed{false};
   std::mutex mutex;
   std::string failure;
@@ -121,6 +166,7 @@ struct Launch {
 };
 
 inline thread_local Block* this_emulated_block;
+alignas(64) static thread_local u8 among_statics;  // of a kernel's own library
 inline thread_local Fiber* this_fiber;
 inline thread_local void* scheduler_stack_pointer;
 
@@ -243,6 +289,11 @@ inline int __dp4a(int a, int b, int c) {
 
 template <class T>
 inline T __ldcs(const T* from) { return *from; }
+
+template <class T>
+inline T __ldcg(const T* from) { return *from; }
+template <class T>
+inline void __stcg(T* to, T value) { *to = value; }
 
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline u32 atomicAdd(u32* to, u32 value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }

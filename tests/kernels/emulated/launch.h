@@ -7,8 +7,9 @@
 
 #include <utility>
 
-constexpr int MOST_IDLE = 10000;  // turns in which nobody can go on
-constexpr auto MOST_DELAY = std::chrono::microseconds(2000);  // of a block after others of its cluster
+constexpr int MOST_IDLE = 10000;    // turns in which nobody can go on
+constexpr int TURNS_OF_SLOW = 128;  // and warp, until another one falls behind
+constexpr auto MOST_DELAY = std::chrono::microseconds(2000);  // of a block after others that run with it
 constexpr auto MOST_SECONDS = std::chrono::seconds(60);       // of a launch
 
 static thread_local const std::function<void()>* body;
@@ -42,15 +43,29 @@ static void let_one_arrive(Block& block) {
   copy.arrive();
 }
 
-// Runs a warp until it waits, warp after warp, and now and then lets a bulk copy arrive.
+static void compare_products(Block& block) {
+  for (const auto& [warp, products] : block.products) {
+    for (int mate = warp / 4 * 4; mate < warp / 4 * 4 + 4; mate++) {
+      const auto found = block.products.find(mate);
+      if (found == block.products.end() || found->second.issued != products.issued)
+        block.launch->fail("a warpgroup whose warps have not issued the same products");
+    }
+    if (!products.under_way.empty()) block.launch->fail("products that nobody has waited for");
+  }
+}
+
+// Runs a warp until it waits, warp after warp, and now and then lets a bulk copy arrive. One warp seldom has its
+// turn, so that it is as far behind the others as these let it be.
 static void run_block(Block& block) {
   Launch& launch = *block.launch;
   this_emulated_block = &block;
+  block.statics = &among_statics;
   block.fibers = std::vector<Fiber>(launch.num_threads);
   for (int i = 0; i < launch.num_threads; i++) start_fiber(block.fibers[i], i);
-  if (block.cluster->size() > 1) std::this_thread::sleep_for(block.draw() % 1000 * MOST_DELAY / 1000);
+  if (launch.at_a_time > 1) std::this_thread::sleep_for(block.draw() % 1000 * MOST_DELAY / 1000);
   const auto end = std::chrono::steady_clock::now() + MOST_SECONDS;
-  int left = launch.num_threads, idle = 0;
+  const int num_warps = launch.num_threads / 32;
+  int left = launch.num_threads, idle = 0, slow = block.draw() % num_warps;
   for (u64 turn = 1; left && !launch.has_failed; turn++) {
     if (turn % 64 == 0) {
       std::this_thread::yield();
@@ -58,7 +73,10 @@ static void run_block(Block& block) {
     }
     if (block.draw() % 3 == 0) let_one_arrive(block);
     if (++idle > MOST_IDLE && block.bulk_copies.empty()) launch.fail("all wait for what never comes");
-    const int warp = block.draw() % (launch.num_threads / 32), first = block.draw() % 32;
+    if (turn % (TURNS_OF_SLOW * num_warps) == 0) slow = block.draw() % num_warps;
+    int warp = block.draw() % num_warps;
+    if (warp == slow && block.draw() % 8) warp = block.draw() % num_warps;
+    const int first = block.draw() % 32;
     for (int i = 0; i < 32; i++) {
       this_fiber = &block.fibers[warp * 32 + (first + i) % 32];
       if (this_fiber->is_done || this_fiber->waits) continue;
@@ -68,6 +86,7 @@ static void run_block(Block& block) {
     }
   }
   for (const BulkCopy& copy : block.bulk_copies) copy.arrive();
+  if (!launch.has_failed) compare_products(block);
 }
 
 // Blocks first to first + count of the grid, all at a time, in clusters.
@@ -120,9 +139,10 @@ extern "C" const char* emulate(void** args, const int* grid, int num_threads, si
   Launch launch;
   for (int i = 0; i < 3; i++) launch.grid[i] = grid[i];
   launch.num_threads = num_threads, launch.cluster = cluster;
-  const int all = grid[0] * grid[1] * grid[2], at_a_time = cooperative ? all : cluster;
-  for (int first = 0; first < all && !launch.has_failed; first += at_a_time)
-    run_blocks(launch, first, at_a_time, shared_bytes, seed, bound(KERNEL, args));
+  const int all = grid[0] * grid[1] * grid[2];
+  launch.at_a_time = cooperative ? all : cluster;
+  for (int first = 0; first < all && !launch.has_failed; first += launch.at_a_time)
+    run_blocks(launch, first, launch.at_a_time, shared_bytes, seed, bound(KERNEL, args));
   failure = launch.failure;
   return launch.has_failed ? failure.c_str() : nullptr;
 }

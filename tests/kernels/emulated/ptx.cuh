@@ -11,21 +11,41 @@
 // ---- shared memory -------------------------------------------------------------------------------
 //
 // An address is the distance from the block's first byte; in another block of the cluster also its rank.
+// What a kernel declares with its size counts from STATICS_AT on, by its distance from another variable.
 
-constexpr u32 RANK_AT = 24;  // bits
+constexpr u32 RANK_AT = 24;          // bits
+constexpr u32 STATICS_AT = 3 << 22;  // past all of the dynamic
 
 inline u8* shared_at(Block& block, u32 at, u32 bytes) {
   if (at % min(bytes, 16u)) fail("an address of shared memory that is not aligned");
+  if (at >= STATICS_AT / 2) {
+    const auto behind = block.static_sizes.upper_bound(at);
+    const bool is_first = behind == block.static_sizes.begin();
+    if (is_first || at + bytes > std::prev(behind)->first + std::prev(behind)->second)
+      fail("an address outside of shared memory");
+    return block.statics + ((ptrdiff_t)at - STATICS_AT);
+  }
   if (at + bytes > block.shared_bytes) fail("an address outside of shared memory");
   return block.shared + at;
 }
 
 inline u8* shared_at(u32 at, u32 bytes) { return shared_at(*this_emulated_block, at, bytes); }
 
-inline u32 smem_address(const void* p) {
-  const size_t at = (const u8*)p - this_emulated_block->shared;
-  if (at >= this_emulated_block->shared_bytes) fail("a pointer outside of shared memory");
-  return (u32)at;
+inline u32 address_of(const void* p, size_t bytes) {
+  Block& block = *this_emulated_block;
+  const size_t at = (const u8*)p - block.shared;
+  if (at < block.shared_bytes) return (u32)at;
+  const ptrdiff_t from_others = (const u8*)p - block.statics;
+  if (std::abs(from_others) > STATICS_AT / 4) fail("a pointer outside of shared memory");
+  block.static_sizes[(u32)(STATICS_AT + from_others)] = bytes;
+  return (u32)(STATICS_AT + from_others);
+}
+
+template <class T>
+inline u32 smem_address(const T& object) {
+  if constexpr (std::is_array_v<T>) return address_of(object, sizeof object);
+  else if constexpr (std::is_pointer_v<T>) return address_of(object, sizeof *object);
+  else return address_of((const u8*)object, 1);
 }
 
 template <class T>
@@ -84,12 +104,27 @@ DEVICE void load_matrices(u32 (&b)[4], u32 at) { matrices<4, false>(b, at); }
 DEVICE void load_transposed(u32 (&b)[4], u32 at) { matrices<4, true>(b, at); }
 DEVICE void load_transposed(u32 (&b)[2], u32 at) { matrices<2, true>(b, at); }
 
+DEVICE void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
+  u64* const operands = this_fiber->operands;
+  operands[0] = at, operands[1] = a, operands[2] = b, operands[3] = c, operands[4] = d;
+  by_warp([](Fiber** lanes) {
+    for (int i = 0; i < 4 * 8 * 8; i++) {
+      const int matrix = i / 64, row = i / 8 % 8, col = i % 8;
+      const u32 both = (u32)lanes[row * 4 + col / 2]->operands[1 + matrix];
+      const u16 value = (u16)(both >> col % 2 * 16);
+      memcpy(shared_at((u32)lanes[matrix * 8 + col]->operands[0], 16) + row * 2, &value, 2);
+    }
+  });
+}
+
 // ---- memory --------------------------------------------------------------------------------------
 
 DEVICE uint4 load_once(const void* from) { return *(const uint4*)from; }
 DEVICE u32 load_once_u32(const void* from) { return *(const u32*)from; }
 DEVICE u32 load_once_u16(const void* from) { return *(const u16*)from; }
 DEVICE void prefetch_line(const void*) {}
+
+DEVICE u32 computed_once(u32 value) { return value; }
 
 // Arrives now, or not before it is waited for.
 DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
@@ -113,6 +148,15 @@ DEVICE void copy_wait() {
     groups.erase(groups.begin());
   }
 }
+
+DEVICE void store_release(u32* to, u32 value) { __atomic_store_n(to, value, __ATOMIC_RELEASE); }
+
+DEVICE u32 load_acquire(const u32* from) {
+  look_again();
+  return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+}
+
+DEVICE u32 add_and_order(u32* to, u32 value) { return atomicAdd(to, value); }
 
 DEVICE void store_relaxed(void* to, u32 value) { __atomic_store_n((u32*)to, value, __ATOMIC_RELEASE); }
 
@@ -213,6 +257,14 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
 
 // ---- tensor cores --------------------------------------------------------------------------------
 
+// What one instruction adds to a sum.
+template <class Sum, class Value, int COLUMNS>
+inline Sum added(Sum sum, const Value (&left)[COLUMNS], const Value (&right)[COLUMNS]) {
+  Value product = 0;
+  for (int k = 0; k < COLUMNS; k++) product += left[k] * right[k];
+  return (Sum)(sum + product);
+}
+
 // d = a b + c for 16 x 8 of d, COLUMNS of a: a lane's registers hold PACKED values each.
 template <class Value, int PACKED, class Sum, class Of>
 inline void product(Sum (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const Sum (&c)[4], const Of& of) {
@@ -223,7 +275,7 @@ inline void product(Sum (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const Sum (&
   }
   this_fiber->operands[4] = b0, this_fiber->operands[5] = b1;
   by_warp([&](Fiber** lanes) {
-    Value left[16][COLUMNS], right[COLUMNS][8];
+    Value left[16][COLUMNS], right[8][COLUMNS];
     for (int l = 0; l < 32; l++) {
       const int g = l / 4, t = l % 4;
       for (int i = 0; i < PACKED; i++) {
@@ -231,17 +283,15 @@ inline void product(Sum (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const Sum (&
           left[g + r % 2 * 8][t * PACKED + i + r / 2 * COLUMNS / 2] =
               (Value)of((u32)lanes[l]->operands[r] >> i * (32 / PACKED), true);
         for (int r = 0; r < 2; r++)
-          right[t * PACKED + i + r * COLUMNS / 2][g] =
+          right[g][t * PACKED + i + r * COLUMNS / 2] =
               (Value)of((u32)lanes[l]->operands[4 + r] >> i * (32 / PACKED), false);
       }
     }
     for (int l = 0; l < 32; l++) {
       for (int i = 0; i < 4; i++) {
         const int row = l / 4 + i / 2 * 8, col = l % 4 * 2 + i % 2;
-        Value sum = 0;
-        for (int k = 0; k < COLUMNS; k++) sum += left[row][k] * right[k][col];
-        const Sum total = (Sum)(bits_of<Sum>((u32)lanes[l]->operands[6 + i]) + sum);
-        lanes[l]->operands[10 + i] = bits_of<u32>(total);
+        const Sum before = bits_of<Sum>((u32)lanes[l]->operands[6 + i]);
+        lanes[l]->operands[10 + i] = bits_of<u32>(added(before, left[row], right[col]));
       }
     }
   });
@@ -284,6 +334,7 @@ DEVICE void barrier_init(u32 bar, u32 arrivals) {
 }
 
 DEVICE void publish_barriers() {}
+DEVICE void publish_to_copies() {}
 
 DEVICE void barrier_expect(u32 bar, u32 bytes) {
   const bool was_missing = with_barrier(*this_emulated_block, bar, [=](Barrier& barrier) {
@@ -306,16 +357,21 @@ DEVICE void barrier_wait(u32 bar, u32 parity) {
 
 DEVICE u64 evict_first_policy() { return 0; }
 
-DEVICE void bulk_load_multicast(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks) {
-  if (bytes % 16 || (size_t)from % 16) fail("a bulk copy of less than whole 16 bytes");
+// Copies that `write` makes, into all blocks of the cluster that have a bit in `blocks`.
+template <class Write>
+inline void copy_to_blocks(u32 to, u32 bytes, u32 bar, u32 blocks, const Write& write) {
   const std::vector<Block*>& cluster = *this_emulated_block->cluster;
   for (size_t rank = 0; rank < cluster.size(); rank++) {
     if (!(blocks >> rank & 1)) continue;
     Block* const block = cluster[rank];
     u8* const there = shared_at(*block, to, 16);
     if (to + bytes > block->shared_bytes) fail("a bulk copy past the end of shared memory");
+    if (block == this_emulated_block) {  // others are not to be looked into from here
+      for (const auto& [warp, products] : block->products)
+        if (products.may_read(to, to + bytes)) fail("a bulk copy to where products may still read");
+    }
     const auto arrive = [=]() {
-      memcpy(there, from, bytes);
+      write(there);
       with_barrier(*block, bar, [=](Barrier& barrier) {
         if (barrier.arrivals == 0) block->launch->fail("a copy that no barrier counts");
         barrier.bytes -= bytes;
@@ -325,6 +381,11 @@ DEVICE void bulk_load_multicast(u32 to, const void* from, u32 bytes, u32 bar, u3
     const bool is_late = this_emulated_block->draw() % 2;
     this_emulated_block->bulk_copies.push_back({arrive, block, bar, is_late});
   }
+}
+
+DEVICE void bulk_load_multicast(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks) {
+  if (bytes % 16 || (size_t)from % 16) fail("a bulk copy of less than whole 16 bytes");
+  copy_to_blocks(to, bytes, bar, blocks, [=](u8* there) { memcpy(there, from, bytes); });
 }
 
 DEVICE void bulk_load(u32 to, const void* from, u32 bytes, u32 bar, u64 = 0) {
@@ -338,14 +399,11 @@ struct alignas(64) TensorMap {
   u64 value_bytes, box_rows, rest[10];    // of a box, whose rows have 128 bytes
 };
 
-DEVICE void tensor_load(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+DEVICE void tensor_load_multicast(u32 to, const TensorMap* map, int x, int y, u32 bar, u32 blocks) {
   const u32 bytes = (u32)map->box_rows * 128;
   if (to % 1024) fail("a swizzled box that does not begin at a multiple of 1024 bytes");
-  u8* const there = shared_at(to, 16);
-  if (to + bytes > this_emulated_block->shared_bytes) fail("a bulk copy past the end of shared memory");
-  Block* const block = this_emulated_block;
   const TensorMap m = *map;
-  const auto arrive = [=]() {
+  copy_to_blocks(to, bytes, bar, blocks, [=](u8* there) {
     for (u32 at = 0; at < bytes; at += m.value_bytes) {
       const u64 row = y + at / 128, col = x + at % 128 / m.value_bytes;
       u8* const value = there + (at ^ at / 128 % 8 * 16);
@@ -354,14 +412,14 @@ DEVICE void tensor_load(u32 to, const TensorMap* map, int x, int y, u32 bar) {
       else
         memset(value, 0, m.value_bytes);
     }
-    with_barrier(*block, bar, [=](Barrier& barrier) {
-      if (barrier.arrivals == 0) block->launch->fail("a copy that no barrier counts");
-      barrier.bytes -= bytes;
-      barrier.settle();
-    });
-  };
-  block->bulk_copies.push_back({arrive, block, bar, block->draw() % 2 == 0});
+  });
 }
+
+DEVICE void tensor_load(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+  tensor_load_multicast(to, map, x, y, bar, 1u << this_emulated_block->rank);
+}
+
+DEVICE void prefetch_map(const TensorMap*) {}
 
 DEVICE bool is_elected() { return this_fiber->thread % 32 == 0; }
 
@@ -393,6 +451,10 @@ DEVICE float load_remote(u32 at) {
   float value;
   memcpy(&value, shared_at(block_at(at), place_at(at), sizeof value), sizeof value);
   return value;
+}
+
+DEVICE void store_remote(u32 at, const float (&v)[4]) {
+  memcpy(shared_at(block_at(at), place_at(at), sizeof v), v, sizeof v);
 }
 
 template <int COUNT>

@@ -54,66 +54,18 @@ struct Problem {
 
 typedef float Accumulators[NT][4];
 
-// ---- instructions that only this kernel needs ----------------------------------------------------
-
-#define TILES_24(k, d, n) TILES_16(k, d, n), TILES_8(k, d, n + 16)
-#define TILES_32(k, d, n) TILES_16(k, d, n), TILES_16(k, d, n + 16)
-#define LIST_96                                                                                    \
-  LIST_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,"  \
-          "%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define LIST_128                                                                                   \
-  LIST_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113" \
-          ",%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#if NT == 24
-DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 24, "m64n192k16.f32.bf16.bf16", LIST_96, "%96", "%97", "%98",
-             "%99", "%100", ", 1, 1, 0")
-DEFINE_HOLD(float, FLOAT, 24)
-#elif NT == 32
-DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 32, "m64n256k16.f32.bf16.bf16", LIST_128, "%128", "%129",
-             "%130", "%131", "%132", ", 1, 1, 0")
-DEFINE_HOLD(float, FLOAT, 32)
-#endif
-
 // A box for both thread blocks of the cluster, at the same place in each, counted by each.
 DEVICE void tensor_load_to_all(u32 to, const TensorMap* map, int x, int y, u32 bar) {
 #if SHARERS == 1
   tensor_load(to, map, x, y, bar);
 #else
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
-      "multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)3)
-      : "memory");
+  tensor_load_multicast(to, map, x, y, bar, 3);
 #endif
-}
-
-// Eight weights' rows x 8 tokens of four matrices, stored token by token; lane l gives the address of
-// token l % 8 of matrix l / 8.
-DEVICE void store_matrices(u32 at, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
-DEVICE u32 pair_of_floats(float low, float high) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
-DEVICE void load_shared2(u32 (&to)[2], u32 at) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at));
-}
-
-DEVICE void store_remote4(u32 at, const float (&v)[4]) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]),
-               "f"(v[2]), "f"(v[3])
-               : "memory");
 }
 
 // All threads of both thread blocks: what either wrote before is visible after.
 DEVICE void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  cluster_arrive_release();
   cluster_wait();
 }
 
@@ -384,10 +336,9 @@ DEVICE void store(Accumulators& acc, const Problem& p, const Work& work, u32 roo
     meet_storing();  // what was there has been written
 #pragma unroll
     for (int n = first; n < first + OUT_TOKENS / 8; n += 2) {
-      store_matrices(to + (n - first) * 8 * OUT_PITCH, pair_of_floats(acc[n][0], acc[n][1]),
-                     pair_of_floats(acc[n][2], acc[n][3]),
-                     pair_of_floats(acc[n + 1][0], acc[n + 1][1]),
-                     pair_of_floats(acc[n + 1][2], acc[n + 1][3]));
+      store_transposed(to + (n - first) * 8 * OUT_PITCH, pack_bf16(acc[n][0], acc[n][1]),
+                       pack_bf16(acc[n][2], acc[n][3]), pack_bf16(acc[n + 1][0], acc[n + 1][1]),
+                       pack_bf16(acc[n + 1][2], acc[n + 1][3]));
     }
     meet_storing();
     const int chunks = OUT_WARPS * 2;  // of 16 bytes
@@ -420,20 +371,20 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       barrier_init(r.w_full + i * 8, 1);
       barrier_init(r.w_empty + i * 8, WARPS);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    publish_to_copies();
   }
   cluster_arrive();
   cluster_wait();
   if (warp >= WARPS) {
     // a warpgroup that feeds gives its registers to those that multiply
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    give_registers<24>();
     if (warp == WARPS) feed_weights(p, r, lane);
     if (warp == WARPS + 1) feed_x(p, r, &map, lane);
     __syncwarp();
     meet_cluster();
     if (RANGES == 2) meet_cluster();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    take_registers<240>();
     Accumulators acc;
     Progress at = {};
     for (int unit = first_unit(); unit < p.num_units; unit = next_unit(unit)) {
@@ -451,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       if (warp / 4 != work.rank) {
         const u32 to = remote_address(there, work.rank ^ 1);
 #pragma unroll
-        for (int n = 0; n < NT; n++) store_remote4(to + n * 2048, acc[n]);
+        for (int n = 0; n < NT; n++) store_remote(to + n * 2048, acc[n]);
       }
       meet_cluster();
       if (warp / 4 != work.rank) return;

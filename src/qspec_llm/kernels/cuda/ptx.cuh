@@ -85,6 +85,14 @@ DEVICE void zero_shared4(u32 at) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
 }
 
+// Four 8x8 matrices of 16-bit values, stored transposed; lane l gives the address where column l % 8 of
+// matrix l / 8 begins.
+DEVICE void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
 DEVICE void load_matrices(u32 (&b)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -156,6 +164,13 @@ DEVICE void prefetch_line(const void* line) {
 template <int THREADS_THAT_MEET>
 DEVICE void meet_at(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS_THAT_MEET) : "memory");
+}
+
+// The same value, of which the compiler knows no more: it is not computed anew where it is used.
+DEVICE u32 computed_once(u32 value) {
+  u32 same;
+  asm volatile("mov.u32 %0, %1;" : "=r"(same) : "r"(value));
+  return same;
 }
 
 // This thread and block, read anew: what is computed from them need not stay in registers until the next time.
@@ -234,6 +249,27 @@ DEVICE uint4 load_relaxed_words(const void* from) {
                : "l"(from)
                : "memory");
   return v;
+}
+
+// What this thread stored before is there for whoever loads the value by `load_acquire`.
+DEVICE void store_release(u32* to, u32 value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+DEVICE u32 load_acquire(const u32* from) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+
+// Both at once; returns what was there.
+DEVICE u32 add_and_order(u32* to, u32 value) {
+  u32 before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(value)
+               : "memory");
+  return before;
 }
 
 // ---- tensor cores --------------------------------------------------------------------------------
@@ -361,10 +397,13 @@ DEVICE void barrier_init(u32 bar, u32 arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
 
+// What this thread wrote to shared memory is known to the copy engine from here on.
+DEVICE void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Barriers that this thread has initialised are known to the copy engine from here on.
 DEVICE void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  publish_to_copies();
 }
 
 DEVICE void barrier_arrive(u32 bar) {
@@ -457,6 +496,20 @@ DEVICE void tensor_load(u32 to, const TensorMap* map, int x, int y, u32 bar) {
       : "memory");
 }
 
+// The same into all blocks of the cluster that have a bit in `blocks`, as bulk_load_multicast does.
+DEVICE void tensor_load_multicast(u32 to, const TensorMap* map, int x, int y, u32 bar, u32 blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
+      "multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(bar), "h"((u16)blocks)
+      : "memory");
+}
+
+// The copy engine will need it soon.
+DEVICE void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Barriers initialised before are known to the cluster once all its threads have arrived.
 DEVICE void cluster_arrive() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -481,6 +534,12 @@ DEVICE float load_remote(u32 at) {
   float v;
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
   return v;
+}
+
+DEVICE void store_remote(u32 at, const float (&v)[4]) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]),
+               "f"(v[2]), "f"(v[3])
+               : "memory");
 }
 
 // What a warp has read by then may be overwritten by copies that come after it.

@@ -1,4 +1,4 @@
-// Warpgroup products (sm_90a): 64 rows x 32 to 160 tokens, A in registers, B in shared memory.
+// Warpgroup products (sm_90a): 64 rows x 32 to 256 tokens, A in registers, B in shared memory.
 //
 // Warp w of the warpgroup holds rows 16 w to 16 w + 15 of A as the fragments of mma.m16n8k16 (bf16) or
 // m16n8k32 (bytes); a lane's accumulators are those of the same instruction for every tile of 8 tokens,
@@ -28,6 +28,11 @@ DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// Lanes that issued a product together and have taken no branch since are at the same instruction: what any of them
+// read before, all have. No instruction says so: __syncwarp, which promises it, costs drafts of 96 tokens spilled
+// registers in the loop over tiles.
+DEVICE void converged() {}
+
 // barrier_wait as one piece of assembly: with a loop around it the compiler takes what follows for
 // divergent, and keeps warpgroup products from overlapping (ptxas, C7520).
 DEVICE void barrier_wait_whole(u32 bar, u32 parity) {
@@ -41,6 +46,17 @@ DEVICE void barrier_wait_whole(u32 bar, u32 parity) {
       : "memory");
 }
 
+// Registers that each thread of a warpgroup keeps of those it was launched with, and what it may have then.
+template <int LEFT>
+DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LEFT));
+}
+
+template <int ALL>
+DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ALL));
+}
+
 #define TILE_1(k, d, n) k(d[n][0]), k(d[n][1]), k(d[n][2]), k(d[n][3])
 #define TILES_4(k, d, n) TILE_1(k, d, n), TILE_1(k, d, n + 1), TILE_1(k, d, n + 2), TILE_1(k, d, n + 3)
 #define TILES_5(k, d, n) TILES_4(k, d, n), TILE_1(k, d, n + 4)
@@ -50,6 +66,8 @@ DEVICE void barrier_wait_whole(u32 bar, u32 parity) {
 #define TILES_12(k, d, n) TILES_8(k, d, n), TILES_4(k, d, n + 8)
 #define TILES_16(k, d, n) TILES_8(k, d, n), TILES_8(k, d, n + 8)
 #define TILES_20(k, d, n) TILES_16(k, d, n), TILES_4(k, d, n + 16)
+#define TILES_24(k, d, n) TILES_16(k, d, n), TILES_8(k, d, n + 16)
+#define TILES_32(k, d, n) TILES_16(k, d, n), TILES_16(k, d, n + 16)
 #define LIST_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define LIST_20 LIST_16 ",%16,%17,%18,%19"
 #define LIST_24 LIST_20 ",%20,%21,%22,%23"
@@ -58,6 +76,11 @@ DEVICE void barrier_wait_whole(u32 bar, u32 parity) {
 #define LIST_48 LIST_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define LIST_64 LIST_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define LIST_80 LIST_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define LIST_96                                                                                    \
+  LIST_80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define LIST_128                                                                                   \
+  LIST_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113" \
+          ",%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define FLOAT_NEW(r) "=&f"(r)
 #define FLOAT_SUM(r) "+f"(r)
 #define INT_NEW(r) "=&r"(r)
@@ -97,6 +120,10 @@ DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 16, "m64n128k16.f32.bf16.bf16", LIST_64, 
              "%67", "%68", ", 1, 1, 0")
 DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 20, "m64n160k16.f32.bf16.bf16", LIST_80, "%80", "%81", "%82",
              "%83", "%84", ", 1, 1, 0")
+DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 24, "m64n192k16.f32.bf16.bf16", LIST_96, "%96", "%97", "%98",
+             "%99", "%100", ", 1, 1, 0")
+DEFINE_WGMMA(wgmma_bf16, float, FLOAT, 32, "m64n256k16.f32.bf16.bf16", LIST_128, "%128", "%129",
+             "%130", "%131", "%132", ", 1, 1, 0")
 // 32 columns of bytes
 DEFINE_WGMMA(wgmma_s8, int, INT, 4, "m64n32k32.s32.s8.s8", LIST_16, "%16", "%17", "%18", "%19",
              "%20", "")
@@ -114,5 +141,7 @@ DEFINE_HOLD(float, FLOAT, 10)
 DEFINE_HOLD(float, FLOAT, 12)
 DEFINE_HOLD(float, FLOAT, 16)
 DEFINE_HOLD(float, FLOAT, 20)
+DEFINE_HOLD(float, FLOAT, 24)
+DEFINE_HOLD(float, FLOAT, 32)
 DEFINE_HOLD(int, INT, 4)
 DEFINE_HOLD(int, INT, 6)
