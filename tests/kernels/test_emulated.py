@@ -90,6 +90,7 @@ def emulated(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         ("waits_alone", "all wait for what never comes"),
         ("is_trapped", "a trap .* thread 7"),
         ("waits_for_no_copy", "a copy that no barrier counts"),
+        ("ends_before_its_copy", "a copy into a block that has ended"),
     ],
 )
 def test_a_wrong_kernel_ends_with_a_sentence(fault: str, sentence: str, seed: int) -> None:
@@ -180,6 +181,7 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
         ("affine4", "verify", 64, split.Tuning(rows=2, depth=1, teams=3, split=8, piece=2), 17),
         ("affine4_offset", "a8", 128, split.Tuning(rows=1, depth=2, teams=2, split=2), 40),
         ("signed8", "verify", 32, split.Tuning(rows=1, depth=1, teams=1, split=2), 9),
+        ("signed16", "a8", 128, split.Tuning(rows=1, depth=1, teams=2, split=1, piece=1), 8),
     ],
 )
 @pytest.mark.parametrize("room", [227 << 10, 0])

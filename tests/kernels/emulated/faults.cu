@@ -25,6 +25,15 @@ extern "C" __global__ void waits_for_no_copy(u32* out) {
   }
 }
 
+extern "C" __global__ void ends_before_its_copy(u32* out) {
+  const u32 barrier = smem_address(shared);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_expect(barrier, 16);
+    bulk_load(barrier + 16, out, 16, barrier);
+  }
+}
+
 // Reads what another warp has written, and does not wait for it.
 extern "C" __global__ void reads_too_early(u32* out) {
   float* const values = (float*)shared;

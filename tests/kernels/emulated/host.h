@@ -150,6 +150,7 @@ struct Block {
   std::mutex barriers_mutex;          // other blocks of the cluster may copy into this one
   std::map<u32, Barrier> barriers;
   std::atomic<int>* cluster_arrivals;
+  std::atomic<bool> has_ended{false};
 };
 
 struct Launch {

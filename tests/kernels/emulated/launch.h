@@ -30,6 +30,11 @@ static void start_fiber(Fiber& fiber, int thread) {
   fiber.stack_pointer = top - NUM_SAVED;
 }
 
+static void deliver(const BulkCopy& copy) {
+  copy.arrive();
+  if (copy.block->has_ended) copy.block->launch->fail("a copy into a block that has ended");
+}
+
 static void let_one_arrive(Block& block) {
   if (block.bulk_copies.empty()) return;
   BulkCopy& drawn = block.bulk_copies[block.draw() % block.bulk_copies.size()];
@@ -40,7 +45,7 @@ static void let_one_arrive(Block& block) {
   std::swap(drawn, block.bulk_copies.back());
   const BulkCopy copy = std::move(block.bulk_copies.back());
   block.bulk_copies.pop_back();
-  copy.arrive();
+  deliver(copy);
 }
 
 static void compare_products(Block& block) {
@@ -85,7 +90,8 @@ static void run_block(Block& block) {
       left -= this_fiber->is_done;
     }
   }
-  for (const BulkCopy& copy : block.bulk_copies) copy.arrive();
+  block.has_ended = true;
+  for (const BulkCopy& copy : block.bulk_copies) deliver(copy);
   if (!launch.has_failed) compare_products(block);
 }
 
