@@ -252,6 +252,40 @@ def test_the_bf16_target_returns_every_bit(group: int) -> None:
     assert_same_bits(out.t() + 0.0, weight.float() + 0.0)
 
 
+@pytest.mark.parametrize(
+    ("form", "view", "group"),
+    [
+        ("signed16", "verify", 64),
+        ("signed16", "a8", 128),
+        ("signed8", "verify", 32),
+        ("affine4_offset", "a4", 64),
+    ],
+)
+def test_linears_of_gpus_before_hopper(
+    form: str, view: str, group: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits without a copy engine and clusters, with less shared memory."""
+    packed = layout.pack(random_stored(form, 112, 1408, group), "cpu")
+    assert isinstance(packed, layout.PackedPlanes)
+    hopper = product_of(gaussian(20, 1408, dtype=BF16), packed, VIEWS[view], gaussian(112, seed=3))
+    direct.multiply(hopper)
+
+    def kernel(source: str, function: str, **defines: object) -> Emulated:
+        return Emulated(source, function, seed, __CUDA_ARCH__=890, **defines)
+
+    monkeypatch.setattr(direct, "kernel", kernel)
+    device = direct.Device(MULTIPROCESSORS, 100 << 10, 99 << 10)
+    monkeypatch.setattr(direct, "_device", lambda _: device)
+    for some in (slice(0, 1), slice(0, 20)):
+        part = {
+            "values": hopper.values[some].contiguous(),
+            "out": torch.full_like(hopper.out[some], torch.nan),
+        }
+        ada = replace(hopper, **part)
+        direct.multiply(ada)
+        assert_same_bits(ada.out, hopper.out[some])
+
+
 @pytest.mark.parametrize(("form", "group"), [("affine4_offset", 64), ("affine8", 32)])
 def test_rows_and_tiles_of_a_matrix(form: str, group: int) -> None:
     stored = random_stored(form, 97, 320, group)

@@ -5,8 +5,10 @@
 #pragma once
 #include "host.h"
 
+#ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 900
-#define HAS_BULK_COPY 1
+#endif
+#define HAS_BULK_COPY (__CUDA_ARCH__ >= 900)
 
 // ---- shared memory -------------------------------------------------------------------------------
 //
@@ -134,6 +136,8 @@ DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
   if (this_emulated_block->draw() % 2) copy();
   else this_fiber->copies.push_back(copy);
 }
+
+DEVICE void copy16(u32 to, const void* from) { copy_or_zero(to, from, true); }
 
 DEVICE void copy_commit() {
   this_fiber->groups.push_back(std::move(this_fiber->copies));
