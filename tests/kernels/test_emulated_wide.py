@@ -113,8 +113,8 @@ def test_sums_that_are_not_there_and_operands_that_are_overwritten(seed: int) ->
 def test_rows_are_those_of_the_direct_kernel(
     form: str, view: str, group: int, num_tokens: int, chosen: Tuning | None
 ) -> None:
-    """Columns of part of a tile; rows of part of a block; ranges with a tile more than others."""
-    num_cols = 1152 + group % 128
+    """Columns of part of a tile; rows of part of a block; ranges of two tiles and of three."""
+    num_cols = 2176 + group % 128
     stored = random_stored(form, 304, num_cols, group)
     packed, bias = layout.pack(stored, "cpu"), gaussian(304, seed=3)
     x = gaussian(num_tokens, num_cols, dtype=BF16)
@@ -136,7 +136,7 @@ def test_the_cut_changes_no_bit(form: str, num_tokens: int, workspace: Workspace
     Units of a thread block: one range, parts of one or two blocks of rows, whole blocks of rows, so
     many that totals pass on, among two and among four, all.
     """
-    for num_rows, num_cols, cuts in ((304, 1152, (1, 3, 5, 8, 12, 24)), (528, 1152, (10,)),
+    for num_rows, num_cols, cuts in ((304, 2176, (1, 3, 5, 8, 12, 24)), (528, 1152, (10,)),
                                      (144, 384, (None,))):  # fmt: skip
         packed = layout.pack(random_stored(form, num_rows, num_cols, 128), "cpu")
         product = product_of(gaussian(num_tokens, num_cols, dtype=BF16), packed, VERIFY, None)

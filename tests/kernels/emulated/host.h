@@ -92,7 +92,7 @@ struct Products {
   int num_committed = 0, num_awaited = 0;  // groups
   std::deque<Product> under_way;
   std::deque<Operand> operands;  // of products that are not waited for
-  std::vector<u64> issued;  // what they were: all warps of a warpgroup issue the same
+  std::vector<u64> issued;       // what they were: all warps of a warpgroup issue the same
 
   void compute_first() {
     under_way.front().compute();
@@ -140,13 +140,13 @@ struct Block {
   std::vector<u8> memory;  // dynamic shared memory
   u8* shared;              // its first aligned byte
   size_t shared_bytes;
-  u8* statics;  // where addresses of shared memory that is not dynamic are counted from
+  u8* statics;             // where addresses of shared memory that is not dynamic are counted from
   std::map<u32, size_t> static_sizes;  // of what has an address, in bytes
   std::vector<Fiber> fibers;
   std::mt19937 draw;
   std::map<int, std::vector<Fiber*>> meetings;
   std::vector<BulkCopy> bulk_copies;  // that this block asked for
-  std::map<int, Products> products;  // by warp
+  std::map<int, Products> products;   // by warp
   std::mutex barriers_mutex;          // other blocks of the cluster may copy into this one
   std::map<u32, Barrier> barriers;
   std::atomic<int>* cluster_arrivals;

@@ -153,7 +153,12 @@ DEVICE void copy_wait() {
   }
 }
 
-DEVICE void store_release(u32* to, u32 value) { __atomic_store_n(to, value, __ATOMIC_RELEASE); }
+// Others may see it, and go on, before this thread does.
+DEVICE void store_release(u32* to, u32 value) {
+  __atomic_store_n(to, value, __ATOMIC_RELEASE);
+  std::this_thread::yield();
+  look_again();
+}
 
 DEVICE u32 load_acquire(const u32* from) {
   look_again();

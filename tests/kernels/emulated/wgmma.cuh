@@ -34,9 +34,7 @@ DEVICE void wgmma_commit() {
 
 template <int LEFT>
 DEVICE void wgmma_wait() {
-  by_warp([](Fiber**) {
-    products_of_warp().wait_for(products_of_warp().num_committed - LEFT);
-  });
+  by_warp([](Fiber**) { products_of_warp().wait_for(products_of_warp().num_committed - LEFT); });
 }
 
 DEVICE void converged() { __syncwarp(); }
@@ -64,7 +62,8 @@ inline void warpgroup_product(Sum (&d)[TILES][4], const u32 (&a)[4], u32 b, cons
     if (!is_new && words[i] != NO_SUM) fail("sums of products that are overwritten, and not held before");
     words[i] = NO_SUM;
   }
-  this_fiber->operands[0] = (u64)&this_fiber->sums[d], this_fiber->operands[1] = (u64)a;
+  u64* const operands = this_fiber->operands;
+  operands[0] = (u64)&this_fiber->sums[d], operands[1] = (u64)a, operands[2] = b;
   by_warp([=](Fiber** lanes) {
     Block* const block = this_emulated_block;
     Products& products = products_of_warp();
@@ -78,6 +77,7 @@ inline void warpgroup_product(Sum (&d)[TILES][4], const u32 (&a)[4], u32 b, cons
       sums.push_back((Sums*)lanes[l]->operands[0]);
       sums.back()->last_group = products.num_committed;
       registers.push_back((const u32*)lanes[l]->operands[1]);
+      if (lanes[l]->operands[2] != b) fail("lanes that do not describe the same operand");
     }
     const auto compute = [=]() {
       Value left[16][COLUMNS];
