@@ -137,12 +137,6 @@ struct Window {
 
 // ---- results -------------------------------------------------------------------------------------
 
-DEVICE float bias_of(const Problem& p, int row) {
-  if (p.bias_kind == 0) return 0.f;
-  if (p.bias_kind == 1) return bf16_to_float(((const u16*)p.bias)[row]);
-  return ((const float*)p.bias)[row];
-}
-
 // The ranges in order, then the bias; neighbouring threads write neighbouring rows of one token.
 DEVICE void add_ranges(const Problem& p, u32 sums, int first_row, int first_token) {
   const int tokens = min(TOKENS, p.num_tokens - first_token);

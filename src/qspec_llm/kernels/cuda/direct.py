@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qspec_llm.kernels.cuda.compile import Kernel, architecture, kernel
-from qspec_llm.kernels.cuda.form import Form, Product
+from qspec_llm.kernels.cuda.form import RANGES, Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "tuning",
 ]
 
-RANGES = 8  # of columns, a warp each; the order of every sum follows from it
 WIDEST = 2  # tiles of 8 tokens
 MOST_BUFFERS = 8  # of x, a warp
 RESERVED = 1 << 10  # bytes of shared memory that the system keeps of every block

@@ -15,8 +15,20 @@ from qspec_llm.kernels.cuda.layout import (
 from qspec_llm.weights.planes import Grid, PlaneSpec
 from qspec_llm.weights.view import Activation, View
 
-__all__ = ["HEAD_DIMS", "LANES", "PLACED", "Form", "Product", "form_of", "form_of_weight"]
+__all__ = [
+    "HEAD_DIMS",
+    "LANES",
+    "PLACED",
+    "RANGES",
+    "Form",
+    "Product",
+    "form_of",
+    "form_of_weight",
+]
 
+RANGES = (
+    8  # of the columns of generated rows: a sum is those of the ranges, in order, in every kernel
+)
 # attention.cuh: head sizes that it knows, lanes of keys, keys that lie side by side in the cache
 HEAD_DIMS, LANES, PLACED = (64, 128), 8, 16
 

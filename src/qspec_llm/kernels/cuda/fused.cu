@@ -297,18 +297,12 @@ DEVICE void multiply(Accumulators& acc, Progress& at, const Problem& p, const Ri
 
 // ---- results -------------------------------------------------------------------------------------
 
-DEVICE float bias_of(const Problem& p, int row) {
-  if (p.bias_kind == 0 || row >= p.num_rows) return 0.f;
-  if (p.bias_kind == 1) return bf16_to_float(((const u16*)p.bias)[row]);
-  return ((const float*)p.bias)[row];
-}
-
 // The sums of OUT_WARPS warps, from row tile `first_tile` on.
 DEVICE void store(Accumulators& acc, const Problem& p, const Work& work, u32 room, int first_tile,
                   int warp, int lane) {
   const int g = lane / 4, t = lane % 4, row = (first_tile + warp) * TILE_ROWS + g;
   if (p.bias_kind) {
-    const float bias[2] = {bias_of(p, row), bias_of(p, row + 8)};
+    const float bias[2] = {bias_or_zero(p, row), bias_or_zero(p, row + 8)};
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll

@@ -134,12 +134,6 @@ struct Window {
 
 // ---- sums ----------------------------------------------------------------------------------------
 
-DEVICE float bias_of(const Problem& p, int row) {
-  if (p.bias_kind == 0) return 0.f;
-  if (p.bias_kind == 1) return bf16_to_float(((const u16*)p.bias)[row]);
-  return ((const float*)p.bias)[row];
-}
-
 // Sums lie as they do in registers: of a tile of rows and a tile of tokens, the four of every lane. A thread adds up
 // WIDTH of them at a time, so that all of a team have something to do.
 #define SUMS_OF_RANGE (RT * NT * 32 * 16)  // bytes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, tensor_map
-from qspec_llm.kernels.cuda.form import Form, Product
+from qspec_llm.kernels.cuda.form import RANGES, Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "tuning",
 ]
 
-RANGES = 8  # of columns: direct.cu sums in the same ones
 LEAST_TOKENS = 2  # one is faster in direct.cu
 MAX_TOKENS = 40  # beyond, wide.cu reads x less often
 SMEM = 227 << 10  # of a block

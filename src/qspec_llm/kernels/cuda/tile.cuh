@@ -38,6 +38,21 @@
 #define LEVEL_ZERO (BITS == 8 ? 16 * ZERO_HIGH + ZERO_LOW : ZERO_HIGH)
 #define HAS_SHIFT (OFFSET || MIDDLE)  // the weight is not level * scale alone
 
+// What is added to a row's sums, in a kernel's `Problem`: nothing (bias_kind 0), bf16 (1) or float32 (2).
+template <class Problem>
+DEVICE float bias_of(const Problem& p, int row) {
+  if (p.bias_kind == 0) return 0.f;
+  if (p.bias_kind == 1) return bf16_to_float(((const u16*)p.bias)[row]);
+  return ((const float*)p.bias)[row];
+}
+
+// The same, and 0 for a row that does not exist.
+template <class Problem>
+DEVICE float bias_or_zero(const Problem& p, int row) {
+  if (p.bias_kind == 0 || row >= p.num_rows) return 0.f;
+  return bias_of(p, row);
+}
+
 // Offset of the 16 bytes of lane 0 in a plane of nibbles: [half of 64 columns][lane][16].
 DEVICE u32 nibbles_at(int half) { return half * 512; }
 

@@ -1,4 +1,4 @@
-"""Launches of wide.cu: generated rows, 17 to 160 at a time, on Hopper.
+"""Launches of wide.cu: many generated rows, up to 160 at a time, on Hopper.
 
 The workspace in which blocks leave the sums of ranges belongs to the device: products of one device
 are launched on one stream at a time, or in graphs that are replayed so.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qspec_llm.kernels.cuda.compile import Kernel, kernel, num_multiprocessors, tensor_map
-from qspec_llm.kernels.cuda.form import Form, Product
+from qspec_llm.kernels.cuda.form import RANGES, Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS
 
 __all__ = [
@@ -27,10 +27,9 @@ __all__ = [
     "tuning",
 ]
 
-LEAST_TOKENS = 17  # below, direct.cu has less ado; up to 40 split.cu has
+LEAST_TOKENS = 17  # it computes fewer too, for which split.cu is asked first
 MAX_TOKENS = 128  # of a block; more are cut into equal blocks
 WIDEST = 20  # tiles of 8 tokens that a block can hold of bf16, where its registers suffice
-RANGES = 8  # of columns: direct.cu sums in the same ones
 MAX_STAGES = 32
 SMEM = (227 << 10) - 1024 - 1536  # of a block, less alignment and what is not dynamic
 WORKSPACE_BYTES = 64 << 20

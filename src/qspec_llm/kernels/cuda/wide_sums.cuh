@@ -4,12 +4,6 @@
 #pragma once
 #include "wide_work.cuh"
 
-DEVICE float bias_of(const Problem& p, int row) {
-  if (p.bias_kind == 0 || row >= p.num_rows) return 0.f;
-  if (p.bias_kind == 1) return bf16_to_float(((const u16*)p.bias)[row]);
-  return ((const float*)p.bias)[row];
-}
-
 // Four sums of a lane: rows g and g + 8 of its warp's 16, two tokens.
 DEVICE void store_sums(const Problem& p, int block, const Lane& l, int n, const float (&sum)[4],
                        const float (&bias)[2]) {
@@ -27,7 +21,7 @@ DEVICE void store_sums(const Problem& p, int block, const Lane& l, int n, const 
 
 DEVICE void bias_of_rows(float (&bias)[2], const Problem& p, int block, const Lane& l) {
   const int row = (block * WARPS + l.warp) * TILE_ROWS + l.g;
-  bias[0] = bias_of(p, row), bias[1] = bias_of(p, row + 8);
+  bias[0] = bias_or_zero(p, row), bias[1] = bias_or_zero(p, row + 8);
 }
 
 // This lane's sums in the workspace, [n][thread].
