@@ -139,7 +139,7 @@ class Comparison:
     Attributes:
         seconds: median of this version.
         other_seconds: median of the other one.
-        aa_ratio: this version's second turn of every round against its first.
+        aa_ratio: this version's second turns of all rounds against its first.
         has_same_bits: both versions compute the same logits.
     """
 
@@ -157,7 +157,9 @@ class Comparison:
 def compare(
     steps: Steps, other: Other, rounds: int, advance: Advance | None = None
 ) -> dict[StepCase, Comparison]:
-    """Time steps of both versions: this one, the other, this one again, round after round.
+    """Time steps of both versions, turn by turn, so that each always follows the other.
+
+    A round has two turns of both, and how far this version's differ is what noise can do.
 
     Args:
         steps: this version's.
@@ -168,28 +170,30 @@ def compare(
     Raises:
         QSpecError: the other version has ended, or measures other steps.
     """
-    ours, theirs = steps.bits(), other.bits(steps.cases)
+    pairs = zip(steps.bits(), other.bits(steps.cases), strict=True)
+    same = [ours == theirs for ours, theirs in pairs]
     first: list[list[float]] = []
     second: list[list[float]] = []
     others: list[list[float]] = []
     for index in range(WARM_UP_ROUNDS + rounds):
-        turns = steps.round(), other.round(), steps.round()
-        if index >= WARM_UP_ROUNDS:
-            for kept, seconds in zip((first, others, second), turns, strict=True):
-                kept.append(seconds)
+        for own in (first, second):
+            turns = steps.round(), other.round()
+            if index >= WARM_UP_ROUNDS:
+                own.append(turns[0])
+                others.append(turns[1])
         if advance is not None:
             advance()
+    times = map(_by_case, (first, second, others))
     return {
         case: Comparison(
             seconds=statistics.median(before + after),
             other_seconds=statistics.median(between),
             aa_ratio=statistics.median(after) / statistics.median(before),
-            has_same_bits=ours[at] == theirs[at],
+            has_same_bits=has_same_bits,
         )
-        for at, (case, *times) in enumerate(
-            zip(steps.cases, _by_case(first), _by_case(others), _by_case(second), strict=True)
+        for case, has_same_bits, before, after, between in zip(
+            steps.cases, same, *times, strict=True
         )
-        for before, between, after in [times]
     }
 
 
