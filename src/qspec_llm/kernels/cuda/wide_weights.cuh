@@ -10,33 +10,42 @@
 #define PIECES (BITS / 4)
 #endif
 
+#if GROUP == 128
+typedef u32 ScalesOfTile[2];  // of rows g and g + 8
+#else
+typedef u32 ScalesOfTile[1];  // of 16 rows and all groups, spread over the warp's lanes
+#endif
+
 // A tile as it lies in memory: a lane's pieces of both halves, its rows' scales and offsets.
 struct Raw {
   uint4 pieces[2][PIECES];
 #if BITS
-#if GROUP == 128
-  u32 scales[2];  // of rows g and g + 8
+  ScalesOfTile scales;
 #if OFFSET
-  u32 offsets[2];
-#endif
-#else
-  u32 scales;  // of 16 rows and all groups, spread over the warp's lanes
-#if OFFSET
-  u32 offsets;
-#endif
+  ScalesOfTile offsets;
 #endif
 #endif
 };
 
 #if BITS
 // The scale, or offset, of this lane's row g or g + 8.
+DEVICE u32 spread(const Lane& l, const ScalesOfTile& plane, int group, int upper) {
 #if GROUP == 128
-DEVICE u32 spread(const Lane& l, const u32 (&plane)[2], int group, int upper) { return plane[upper]; }
+  return plane[upper];
 #else
-DEVICE u32 spread(const Lane& l, u32 plane, int group, int upper) {
-  return from_lane_of(l.g, upper, group, plane);
-}
+  return from_lane_of(l.g, upper, group, plane[0]);
 #endif
+}
+
+DEVICE void load_plane(ScalesOfTile& plane, const u8* from) {
+#if GROUP == 128
+  plane[0] = load_once_u16(from), plane[1] = load_once_u16(from + 16);
+#elif GROUP == 64
+  plane[0] = load_once_u16(from);
+#else
+  plane[0] = load_once_u32(from);
+#endif
+}
 #endif
 
 // A warp's tiles in order, from block of rows to block of rows: where this lane reads the next one.
@@ -75,23 +84,9 @@ struct Stream {
   DEVICE void load_scales(Raw& raw, bool is_there) const {
 #if BITS
     if (!is_there) return;
-    const u8* scales = base + to_scales;
-#if GROUP == 128
-    raw.scales[0] = load_once_u16(scales), raw.scales[1] = load_once_u16(scales + 16);
-#elif GROUP == 64
-    raw.scales = load_once_u16(scales);
-#else
-    raw.scales = load_once_u32(scales);
-#endif
+    load_plane(raw.scales, base + to_scales);
 #if OFFSET
-    const u8* offsets = scales + GROUPS_PER_TILE * 32;
-#if GROUP == 128
-    raw.offsets[0] = load_once_u16(offsets), raw.offsets[1] = load_once_u16(offsets + 16);
-#elif GROUP == 64
-    raw.offsets = load_once_u16(offsets);
-#else
-    raw.offsets = load_once_u32(offsets);
-#endif
+    load_plane(raw.offsets, base + to_scales + GROUPS_PER_TILE * 32);
 #endif
 #endif
   }
