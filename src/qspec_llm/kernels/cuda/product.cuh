@@ -144,10 +144,16 @@ DEVICE u32 spread(const Lane& l, u32 plane, int upper, int group) {
 }
 #endif
 
+// Sums of integers arrive as floats with MAGIC added, of which nothing but MAGIC is known: their scaling takes it off.
+#define SCALES_MAGIC (ACT == 8 && BITS == 4 && NT > 1 && !LEFT_OF_ZERO)
+
 #if LEVELS
 // The scales and shifts of one group for rows g and g + 8.
 struct GroupScales {
   float scale[2];
+#if SCALES_MAGIC
+  float magic[2];  // MAGIC as a number, times that
+#endif
 #if HAS_SHIFT
   float shift[2];  // offset of the weights in units of the weight: b, and the middle of 16 codes
 #endif
@@ -259,6 +265,11 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
             scales[of_half][r] = scales_of(l, w[r], column / GROUP);
             scales[of_half][r].scale[1] *= 1.f / UPPER;
             if (SIGNED_BYTES) scales[of_half][r].scale[0] *= 1.f / UPPER;
+#if SCALES_MAGIC
+            for (int upper = 0; upper < 2; upper++) {
+              scales[of_half][r].magic[upper] = __int_as_float(MAGIC_BITS) * scales[of_half][r].scale[upper];
+            }
+#endif
           }
         }
         float xs[NT][2];
@@ -286,7 +297,8 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
         for (int r = 0; r < RT; r++) {
 #pragma unroll
           for (int n = first; n < end; n++) {
-            float product[4];
+            const GroupScales& of = scales[of_half][r];
+            float product[4];  // of levels, times the weights' scale: rounded once
             const int first_step = sub * (SUBGROUP / 32), end_step = first_step + SUBGROUP / 32;
 #if BITS == 8
             const int z0 = -LEVEL_ZERO * sum[n][0], z1 = -LEVEL_ZERO * sum[n][1];
@@ -300,7 +312,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
               mma_u8s8(d, fine[r][step], b[n][2 * step], b[n][2 * step + 1]);
             }
 #pragma unroll
-            for (int i = 0; i < 4; i += NEXT_SUM) product[i] = (float)(d[i] + 16 * high[i]);
+            for (int i = 0; i < 4; i += NEXT_SUM) product[i] = (float)(d[i] + 16 * high[i]) * of.scale[i >> 1];
 #else
             int d[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 #pragma unroll
@@ -313,19 +325,23 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
             }
 #pragma unroll
             for (int i = 0; i < 2; i += NEXT_SUM) {
-#if SIGNED_BYTES
-              product[i] = from_magic(d[i], -LEFT_OF_ZERO * sum[n][i]);
-              product[i + 2] = from_magic(d[i + 2], -LEFT_OF_ZERO * sum[n][i]);
+#if SCALES_MAGIC
+              // exact but for its rounding: a scale of 11 bits or fewer times MAGIC, which has 2, has no more than a float
+              product[i] = fmaf(__int_as_float(d[i]), of.scale[0], -of.magic[0]);
+              product[i + 2] = fmaf(__int_as_float(d[i + 2]), of.scale[1], -of.magic[1]);
+#elif SIGNED_BYTES
+              product[i] = from_magic(d[i], -LEFT_OF_ZERO * sum[n][i]) * of.scale[0];
+              product[i + 2] = from_magic(d[i + 2], -LEFT_OF_ZERO * sum[n][i]) * of.scale[1];
 #else
-              product[i] = from_magic(d[i], LEVEL_ZERO * sum[n][i]);
-              product[i + 2] = from_magic(d[i + 2], LEVEL_ZERO * (UPPER + 1) * sum[n][i]) - product[i];
+              const float lower = from_magic(d[i], LEVEL_ZERO * sum[n][i]);
+              const float both = from_magic(d[i + 2], LEVEL_ZERO * (UPPER + 1) * sum[n][i]);
+              product[i] = lower * of.scale[0], product[i + 2] = (both - lower) * of.scale[1];
 #endif
             }
 #endif
-            const GroupScales& of = scales[of_half][r];
 #pragma unroll
             for (int i = 0; i < 4; i += NEXT_SUM) {
-              acc[r][n][i] = fmaf(product[i], xs[n][i & 1] * of.scale[i >> 1], acc[r][n][i]);
+              acc[r][n][i] = fmaf(product[i], xs[n][i & 1], acc[r][n][i]);
 #if HAS_SHIFT
               acc[r][n][i] = fmaf((float)sum[n][i & 1] * xs[n][i & 1], of.shift[i >> 1], acc[r][n][i]);
 #endif

@@ -88,7 +88,7 @@ DEVICE void add_product(Accumulators& acc, IntegerProduct& of, const Lane& l, u3
     for (int i = 0; i < 4; i++) {
       float& to = acc[subtile * SUB_NT + n][i];
       const int level = of.d[n][i] + LEFT_OF_ZERO * sum[i & 1];
-      to = fmaf((float)level, xs[i & 1] * scale[i >> 1], to);
+      to = fmaf((float)level * scale[i >> 1], xs[i & 1], to);
 #if HAS_SHIFT
       to = fmaf((float)sum[i & 1] * xs[i & 1], shift[i >> 1], to);
 #endif
