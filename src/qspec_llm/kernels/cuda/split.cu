@@ -71,10 +71,10 @@ struct Window {
   int total;         // pieces that are fetched: of all rounds, unless x stays
   int index, at, slot, parity;
 
-  // Into the slot of a piece; columns that do not exist arrive as zeros, tokens may be anything.
-  DEVICE void fetch(const Problem& p, const TensorMap* map, const Place& place, int piece) const {
-    const int to = (u32)piece % (u32)p.num_slots, done = (u32)piece % (u32)num_pieces * p.piece;
-    const int tiles = min(p.piece, count - done);
+  // A piece of the range into a slot; columns that do not exist arrive as zeros, tokens may be anything.
+  DEVICE void fetch(const Problem& p, const TensorMap* map, int to, int piece) const {
+    while (piece >= num_pieces) piece -= num_pieces;  // of the next round
+    const int done = piece * p.piece, tiles = min(p.piece, count - done);
     if (is_elected()) {
       const u32 barrier = full + to * 8;
       barrier_expect(barrier, tiles * (BOXES * 128 * p.num_tokens + META_TILE));
@@ -116,11 +116,11 @@ struct Window {
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + slot * 8);
       // the slot of the piece before: the other teams have most likely left it
-      const int before = index - 1, next = before + p.num_slots;
-      if (before >= 0 && next < total && next % TEAMS == place.team) {
-        const u32 old = (u32)before % (u32)p.num_slots;
-        barrier_wait(empty + old * 8, (u32)before / (u32)p.num_slots % 2);
-        fetch(p, map, place, next);
+      const int next = index - 1 + p.num_slots;
+      if (index > 0 && next < total && next % TEAMS == place.team) {
+        const int old = (slot ? slot : p.num_slots) - 1;
+        barrier_wait(empty + old * 8, slot ? parity : parity ^ 1);
+        fetch(p, map, old, at - 1 + p.num_slots);
       }
     }
     index++, slot++;
@@ -316,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   cluster_arrive();
 #endif
   wait_for_earlier_kernels();
-  for (int i = place.team; i < min(p.num_slots, window.total); i += TEAMS) window.fetch(p, &map, place, i);
+  for (int i = place.team; i < min(p.num_slots, window.total); i += TEAMS) window.fetch(p, &map, i, i);
 #pragma unroll
   for (int d = LEAD; d < DEPTH; d++) load(d);
 #if SPLIT > 1
