@@ -296,10 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     reload(w[d], next, l, 1, true);
     go_on();
   };
-  start_panel();
-#pragma unroll
-  for (int d = 0; d < LEAD; d++) load(d);
-
+  // before the loads, which a fence might wait for
   if (place.team == 0) {
     for (int i = l.lane; i < p.num_slots; i += 32) {
       barrier_init(window.full + i * 8, 1);
@@ -311,6 +308,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     barrier_init(desk.read + l.lane * 8, 1);
   }
   publish_barriers();
+  start_panel();
+#pragma unroll
+  for (int d = 0; d < LEAD; d++) load(d);
+
   __syncthreads();
 #if SPLIT > 1
   cluster_arrive();
