@@ -81,6 +81,13 @@ def test_the_instance_changes_no_bit(form: str, chosen: Tuning) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("num_tokens", [41, 48, 56, 64])
+@pytest.mark.parametrize("form", ["signed16", "signed8", "affine4"])
+def test_drafts_of_more_rows(form: str, num_tokens: int) -> None:
+    check_against_direct(form, VIEWS["a8"], num_tokens)
+
+
+@gpu
 def test_a_bias_and_a_rounded_output() -> None:
     packed, x = layout.pack(random_stored("signed16", 1000, 576, 64)), fresh(20, 576)
     bias, out, plain = fresh(1000), poisoned(20, 1000), poisoned(20, 1000)
@@ -119,11 +126,13 @@ def test_clusters_in_a_chain_of_dependent_launches() -> None:
             assert_same_bits(out, plain)
 
 
-@pytest.mark.parametrize("token_tiles", range(1, 1 + split.MAX_TOKENS // 8))
+@pytest.mark.parametrize("token_tiles", range(1, 1 + split.MAX_SMALL // 8))
 @pytest.mark.parametrize("act", [8, 16])
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
 def test_x_has_room_in_shared_memory(bits: int, act: int, token_tiles: int) -> None:
     form = replace(BITS4, bits=bits, act=act, rest_bytes={8: 1024, 16: 3072}.get(bits, 0))
+    if token_tiles * 8 > split.most_tokens(form):
+        return
     for row_tiles in (6, 256, 384, 1792, 8016):
         chosen = split.tuning(form, token_tiles, row_tiles, 132)
         for col_tiles in (1, 5, 8, 32, 112, 400):

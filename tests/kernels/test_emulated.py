@@ -182,6 +182,7 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
         ("affine4_offset", "a8", 128, split.Tuning(rows=1, depth=2, teams=2, split=2), 40),
         ("signed8", "verify", 32, split.Tuning(rows=1, depth=1, teams=1, split=2), 9),
         ("signed16", "a8", 128, split.Tuning(rows=1, depth=1, teams=2, split=1, piece=1), 8),
+        ("signed16", "a8", 128, split.Tuning(rows=2, depth=1, teams=2, split=2), 63),
     ],
 )
 @pytest.mark.parametrize("room", [227 << 10, 0])
@@ -227,12 +228,12 @@ def test_the_self_check_runs_every_instance(seed: int, monkeypatch: pytest.Monke
 
     usual = split.multiply
     monkeypatch.setattr(split, "multiply", multiply)
-    monkeypatch.setattr(split, "can_run", lambda count, _: 2 <= count <= 40)
+    monkeypatch.setattr(split, "can_run", lambda _, count, __: 2 <= count <= 64)
     monkeypatch.setattr(check, "pack", lambda one, _: layout.pack(one, "cpu"))
-    monkeypatch.setattr(check, "COUNTS", [count for count in check.COUNTS if count <= 40])
+    monkeypatch.setattr(check, "COUNTS", [count for count in check.COUNTS if count <= 64])
     check._check_form.__wrapped__(stored.spec, VIEWS["a8"], 0)
     form = form_of_weight(layout.pack(stored, "cpu"), VIEWS["a8"])  # type: ignore[arg-type]
-    assert set(chosen) == {one for tiles in range(1, 6) for one in split.instances(form, tiles)}
+    assert set(chosen) == {one for tiles in range(1, 9) for one in split.instances(form, tiles)}
 
 
 @pytest.mark.parametrize("group", [32, 128])

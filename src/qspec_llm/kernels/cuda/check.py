@@ -34,7 +34,7 @@ from qspec_llm.weights.view import VERIFY, View
 __all__ = ["check", "check_packed", "some_planes"]
 
 ROWS = (112, 128)  # that leave half a block over, and for blocks in pairs
-COUNTS = (1, 5, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160)  # one of every width of instance
+COUNTS = (1, 5, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160)  # one of every width of instance
 PROMPT_COUNT = 72
 LARGEST_ERROR = 1e-4  # norm-relative, of float32 sums
 LARGEST_ROUNDED = 4e-3  # the same, with weights rounded to bf16
@@ -92,8 +92,9 @@ def _check_form(spec: PlaneSpec | tuple[int, int], view: View, device: int) -> N
             what = f"{name} of {cols} columns, {view.activation}, {count} rows"
             limit = LARGEST_ROUNDED if is_prompt else LARGEST_ERROR
             chosen: tuple[split.Tuning | None, ...] = (None,)
-            if not is_prompt and split.can_run(count, device):
-                chosen = split.instances(form_of_weight(packed, view), math.ceil(count / 8))
+            form = form_of_weight(packed, view)
+            if not is_prompt and split.can_run(form, count, device):
+                chosen = split.instances(form, math.ceil(count / 8))
             for one in chosen:
                 out = torch.full((count, rows), torch.nan, device=packed.tensors()[0].device)
                 here = x.to(out.device)

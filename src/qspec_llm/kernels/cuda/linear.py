@@ -127,7 +127,7 @@ def _generated(
     device = weight.base.device.index
     if isinstance(chosen, direct.Tuning):
         direct.multiply(product, chosen)
-    elif chosen or split.can_run(values.shape[0], device):
+    elif chosen or split.can_run(product.form, values.shape[0], device):
         split.multiply(product, chosen)
     elif wide.can_run(values.shape[0], device):
         wide.multiply(product)

@@ -12,19 +12,22 @@ from qspec_llm.kernels.cuda.form import RANGES, Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
 
 __all__ = [
-    "MAX_TOKENS",
     "Cut",
     "Tuning",
     "can_run",
     "cut",
     "instance",
     "instances",
+    "most_tokens",
     "multiply",
     "tuning",
 ]
 
 LEAST_TOKENS = 2  # one is faster in direct.cu
-MAX_TOKENS = 40  # beyond, wide.cu reads x less often
+MAX_TOKENS, MAX_SMALL = (
+    40,
+    64,
+)  # of bf16, and of int8 and 4 bits; beyond, wide.cu reads x less often
 SMEM = 227 << 10  # of a block
 LEAST_SLOTS = 3  # of a ring, of which one waits for its last reader
 
@@ -65,7 +68,7 @@ def instances(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
     is_whole = token_tiles <= (4 if form.act == 8 else 3)  # x has room in one block
     if form.act == 8 and not is_whole:
         usual = Tuning(rows=2, depth=1, teams=2, split=2)
-        return usual, replace(usual, teams=3)
+        return usual, replace(usual, teams=3) if token_tiles <= 5 else replace(usual, rows=1)
     usual = Tuning(rows=1, depth=1, teams=4, split=2)
     if is_whole:
         usual = Tuning(rows=1, depth=depth, lead=depth, teams=2, split=1)
@@ -204,16 +207,24 @@ def _threads(chosen: Tuning) -> int:
     return 32 * chosen.teams * RANGES // chosen.split
 
 
-def can_run(num_tokens: int, device: int) -> bool:
+def most_tokens(form: Form) -> int:
+    """Rows of x for which there is room and registers enough."""
+    is_small = form.act == 8 and form.bits == 4 and not (form.has_offset or form.has_middle)
+    return MAX_SMALL if is_small else MAX_TOKENS
+
+
+def can_run(form: Form, num_tokens: int, device: int) -> bool:
     """Whether to use `multiply`: a few rows, on Hopper."""
-    is_few = LEAST_TOKENS <= num_tokens <= MAX_TOKENS
+    is_few = LEAST_TOKENS <= num_tokens <= most_tokens(form)
     return is_few and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
     """Compute a product; `chosen` is an instance other than the measured best."""
     num_tokens = product.values.shape[0]
-    assert num_tokens <= MAX_TOKENS, f"{num_tokens} rows of x are more than a block takes"
+    assert num_tokens <= most_tokens(product.form), (
+        f"{num_tokens} rows of x are more than a block takes"
+    )
     row_tiles, col_tiles = product.weight.base.shape[:2]
     token_tiles = math.ceil(num_tokens / 8)
     device = product.out.device.index
