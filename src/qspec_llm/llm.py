@@ -169,7 +169,8 @@ class LLM:
             num_positions=min(self.model_config.context_length, self._num_blocks * BLOCK_SIZE),
             progress=progress,
         )
-        self.decoder.ops.check(self.decoder.matrices(), (VERIFY, self.config.draft_view))
+        views = (VERIFY, self.decoder.read_view(self.config.draft_view))
+        self.decoder.ops.check(self.decoder.matrices(), views)
         assert self.config.gamma is not None
         self.engine = self.new_engine(self.config.gamma)
 

@@ -32,8 +32,11 @@ VIEWS: dict[str, View] = {
     "verify": VERIFY,
     "a16": draft_view(Activation.A16),
     "a8": draft_view(Activation.A8),
+    "a8 g128": draft_view(Activation.A8, 128),
     "a4": draft_view(Activation.A4),
 }
+# what a model reads whose drafts have activations in groups of 64
+MODEL_VIEWS = [name for name, view in VIEWS.items() if view.group == 64]
 
 DENSE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,7 +119,7 @@ def expected_product(x: Tensor, stored: Stored, view: View) -> Tensor:
         return wide.double() @ stored.weight.double().t()
     if view.is_draft:
         # on the CPU: torch divides by a scalar on a GPU by multiplying with its rounded inverse
-        wide = reference.round_activations(wide.cpu(), view.activation).to(x.device)
+        wide = reference.round_activations(wide.cpu(), view).to(x.device)
     weight = draft_weight(stored) if view.is_draft else verify_weight(stored)
     return wide.double() @ weight.double().t()
 
@@ -130,9 +133,9 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual, expected)
 
 
-def assert_quantizes(quantized: Any, x: Tensor, activation: Activation) -> None:
+def assert_quantizes(quantized: Any, x: Tensor, view: View) -> None:
     """Codes, scales and sums of a `Quantized` are exactly those of the reference for x [R, K]."""
-    expected, scale = reference.quantize_activations(x.cpu().float(), activation)
+    expected, scale = reference.quantize_activations(x.cpu().float(), view)
     halves = quantized.codes.cpu().view(len(x), -1, 8, 2)  # of every 16 columns
     assert torch.equal(halves.transpose(2, 3).float().reshape(expected.shape), expected)
     meta = quantized.meta.cpu()[: expected.shape[1], : len(x)]
@@ -156,6 +159,8 @@ def run_passes(
     decoder: Decoder, view: str, length: int
 ) -> tuple[list[Tensor], tuple[LayerKV, ...]]:
     """A prompt of `length` and one of 20, five rows and one, then one row alone."""
+    if VIEWS[view].is_draft and VIEWS[view].group != decoder.draft_group:
+        decoder = replace(decoder, draft_group=VIEWS[view].group)
     width = -(-(length + 6) // 16)  # blocks of a sequence
     kv = allocate(decoder.config, 2 * width, decoder.dtype, decoder.ops.device)
     tokens = torch.arange(length + 20) * 7 % 50

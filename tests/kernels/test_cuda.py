@@ -100,10 +100,11 @@ def test_a_tile_byte_by_byte() -> None:
 @pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
 def test_every_kernel_compiles(arch: str, compiled: Compile, tmp_path: Path) -> None:
     assert compiled("activations.cu", arch, {"TOP": 127, "ACT_GROUP": 64, "X_FLOAT": 0})
-    draft = draft_view(Activation.A8)
+    draft, wide = draft_view(Activation.A8), draft_view(Activation.A8, 128)
     for name, view, token_tiles in [
         ("signed16", VERIFY, 1),
         ("signed16", draft, 2),
+        ("signed16", wide, 2),
         ("affine8_offset", VERIFY, 2),
         ("affine8_draft8", draft, 1),
         ("affine4_f16", draft_view(Activation.A16), 1),
@@ -111,14 +112,14 @@ def test_every_kernel_compiles(arch: str, compiled: Compile, tmp_path: Path) -> 
     ]:
         stored = None if name is None else random_stored(name, 32, 128, 64)
         spec = stored.spec if isinstance(stored, Planes) else None
-        shape = form_of(spec, view, 64)
+        shape = form_of(spec, view)
         more = {"NT": token_tiles, "RT": 1, "DEPTH": 2, "LEAD": 1, "BLOCKS": 1}
         macros = {**shape.defines(), **more}
         for cluster in (1, 2) if arch in direct.MULTICASTS else (1,):
             assert compiled("direct.cu", arch, {**macros, "CLUSTER": cluster})
         if view == VERIFY:
             assert compiled("weights.cu", arch, macros)
-    assert len(list(tmp_path.iterdir())) == (16 if arch in direct.MULTICASTS else 10)
+    assert len(list(tmp_path.iterdir())) == (18 if arch in direct.MULTICASTS else 11)
     with refused("direct.cu", "error"):
         compiled("direct.cu", arch, {"ACT": 8})
 
@@ -290,11 +291,11 @@ def test_embed(form: str) -> None:
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("num_cols", [96, 576, 4096])
-@pytest.mark.parametrize("activation", [Activation.A8, Activation.A4])
-def test_quantised_activations(activation: Activation, num_cols: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("view", ["a8", "a8 g128", "a4"])
+def test_quantised_activations(view: str, num_cols: int, dtype: torch.dtype) -> None:
     x = fresh(21, num_cols, dtype=dtype)
     x[3] = 0
-    assert_quantizes(activations.quantize(x, activation), x, activation)
+    assert_quantizes(activations.quantize(x, VIEWS[view]), x, VIEWS[view])
 
 
 @gpu
@@ -329,7 +330,7 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
     with refused("bias", "(15,)"):
         linear.linear(x, packed, fresh(15), VERIFY, rows)
     with refused("draft"):
-        linear.linear(activations.quantize(x, Activation.A8), packed, None, VERIFY, rows)
+        linear.linear(activations.quantize(x, VIEWS["a8"]), packed, None, VERIFY, rows)
     with refused("torch.float16"):
         linear.linear(x, packed, None, VERIFY, rows, torch.float16)
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_cpu import VIEWS, Compile, assert_same_bits, ragged_rows, random_stored, refused
+from helpers_cpu import (
+    MODEL_VIEWS,
+    VIEWS,
+    Compile,
+    assert_same_bits,
+    ragged_rows,
+    random_stored,
+    refused,
+)
 from torch import Tensor
 
 from helpers_engine import tiny_decoder
@@ -42,6 +50,7 @@ CONTEXTS = (1, 33, 257, 700)
 LLAMA_8B = Sizes(4096, 14336, 32, 8, 128)
 FORMS_READ = {
     "draft a8": Form(bits=4, act=8, base_bytes=1056),
+    "draft a8 g128": Form(bits=4, act=8, act_group=128, base_bytes=1056),
     "draft a4": Form(bits=4, group=32, act=8, act_group=32, base_bytes=1152),
     "int4": Form(bits=4, is_signed=False, base_bytes=1056),
     "int8": Form(bits=8, base_bytes=1056, rest_bytes=1024),
@@ -54,6 +63,7 @@ def decoder_of(
     family: str = "llama",
     group: int = 32,
     num_layers: int = 2,
+    draft_group: int = 64,
 ) -> Decoder:
     """A tiny decoder whose linears have random weights of one form, which the kernel takes."""
     heads, kv_heads, head_dim, hidden, inner = shape
@@ -77,7 +87,7 @@ def decoder_of(
         )
         for layer in decoder.layers
     )
-    made: Any = replace(decoder, layers=layers)
+    made: Any = replace(decoder, layers=layers, draft_group=draft_group)
     assert made._whole_step._persistent is not None
     return made
 
@@ -116,7 +126,7 @@ def kernel_by_kernel(decoder: Decoder) -> Decoder:
 def test_it_equals_the_kernels_one_by_one(form: str, shape: tuple[int, int, int, int, int]) -> None:
     decoder: Any = decoder_of(form, shape)
     many = kernel_by_kernel(decoder)
-    for view in VIEWS:
+    for view in MODEL_VIEWS:
         for context in CONTEXTS:
             rows, kv = row_at(context, decoder)
             persistent = decoder._whole_step._persistent
@@ -143,14 +153,14 @@ def assert_same_as_many(decoder: Decoder, context: int, view: str) -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", MODEL_VIEWS)
 def test_biases(view: str) -> None:
     assert_same_as_many(decoder_of("affine4_offset", SHAPES[0], "qwen2"), 100, view)
 
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", MODEL_VIEWS)
 def test_float32_norms_and_biases(view: str) -> None:
     decoder = decoder_of("affine4", SHAPES[0], "qwen2")
     layers = []
@@ -171,6 +181,16 @@ def test_longer_groups(form: str, group: int) -> None:
     decoder = decoder_of(form, (8, 2, 64, 512, 1024), group=group)
     assert_same_as_many(decoder, 200, "a8")
     assert_same_as_many(decoder, 200, "verify")
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", [(8, 2, 128, 512, 1024), (3, 1, 128, 4224, 640)])
+@pytest.mark.parametrize("form", ["affine4", "signed8", "signed16"])
+def test_groups_of_128_activations(form: str, shape: tuple[int, int, int, int, int]) -> None:
+    decoder = decoder_of(form, shape, group=128, draft_group=128)
+    for context in CONTEXTS:
+        assert_same_as_many(decoder, context, "a8")
 
 
 @gpu
@@ -211,7 +231,8 @@ def test_stamps_begin_again(start: int) -> None:
     decoder: Any = decoder_of("affine4", SHAPES[1])
     rows, kv = row_at(100, decoder)
     expected = forward(decoder, rows, kv, "a8")
-    decoder._whole_step._persistent._rooms[VIEWS["a8"].activation]["counts"][0] = start
+    persistent = decoder._whole_step._persistent
+    persistent._rooms[persistent._room_of(VIEWS["a8"])]["counts"][0] = start
     for _ in range(10):  # of two stamps each
         assert_same_bits(forward(decoder, rows, kv, "a8"), expected)
 

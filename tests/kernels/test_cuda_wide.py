@@ -40,9 +40,9 @@ CUTS: list[dict[str, Any]] = [
 
 def product(x: Tensor, packed: Any, view: View, out: Tensor, bias: Tensor | None = None) -> Product:
     """What `linear` makes of its arguments."""
-    integers = quantize(x, view.activation) if wants_integers(packed, view) else None
+    integers = quantize(x, view) if wants_integers(packed, view) else None
     return Product(
-        form=form_of_weight(packed, view, integers.group if integers else 64),
+        form=form_of_weight(packed, view),
         values=integers.codes if integers else x,
         meta=integers.meta if integers else None,
         weight=packed,

@@ -46,7 +46,7 @@ from qspec_llm.kernels.cuda.activations import Quantized, quantize
 from qspec_llm.kernels.cuda.form import Product, form_of_weight
 from qspec_llm.weights.planes import Planes, verify_weight
 from qspec_llm.weights.quantize import nest_signed16
-from qspec_llm.weights.view import VERIFY, Activation, View
+from qspec_llm.weights.view import VERIFY, View
 
 CAN_RUN = sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++")
 pytestmark = pytest.mark.skipif(not CAN_RUN, reason="emulation needs g++ on x86-64 Linux")
@@ -111,8 +111,11 @@ def test_orders_show_that_a_meeting_is_missing() -> None:
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def test_norm_and_swiglu() -> None:
-    num_cols = 576
+QUANTIZED = [view for view in VIEWS.values() if view.activation.bits < 16]
+
+
+@pytest.mark.parametrize("num_cols", [576, 640])  # 128 divides one of them
+def test_norm_and_swiglu(num_cols: int) -> None:
     x, delta = (gaussian(3, num_cols, dtype=BF16, seed=i) for i in range(2))
     weight = gaussian(num_cols, seed=2).abs().to(BF16)
     total, normed = rows.add_rms_norm(x, delta, weight, 1e-5, None)
@@ -122,18 +125,18 @@ def test_norm_and_swiglu() -> None:
     inner = rows.silu_mul(torch.cat([x, delta], -1))
     assert isinstance(inner, Tensor)
     assert_close(inner, reference.silu_mul(torch.cat([x, delta], -1)), 3e-3)
-    for activation in (Activation.A8, Activation.A4):
-        _, codes = rows.add_rms_norm(x, delta, weight, 1e-5, activation)
-        assert_quantizes(codes, normed, activation)
-        assert_quantizes(rows.silu_mul(torch.cat([x, delta], -1), activation), inner, activation)
-        assert_quantizes(activations.quantize(x, activation), x, activation)
+    for view in QUANTIZED:
+        _, codes = rows.add_rms_norm(x, delta, weight, 1e-5, view)
+        assert_quantizes(codes, normed, view)
+        assert_quantizes(rows.silu_mul(torch.cat([x, delta], -1), view), inner, view)
+        assert_quantizes(activations.quantize(x, view), x, view)
 
 
 def product_of(x: Tensor, packed: layout.PackedPlanes, view: View, bias: Tensor | None) -> Product:
     """What `linear` makes of its arguments, into a poisoned output."""
-    integers = quantize(x, view.activation) if linear.wants_integers(packed, view) else None
+    integers = quantize(x, view) if linear.wants_integers(packed, view) else None
     return Product(
-        form=form_of_weight(packed, view, integers.group if integers else 64),
+        form=form_of_weight(packed, view),
         values=integers.codes if integers else x,
         meta=integers.meta if integers else None,
         weight=packed,
@@ -150,10 +153,12 @@ def product_of(x: Tensor, packed: layout.PackedPlanes, view: View, bias: Tensor 
     [
         ("signed16", "verify", 32, 1440),  # ranges with a tile more, and with a part of one
         ("signed16", "a8", 128, 1408),
+        ("signed16", "a8 g128", 128, 1408),
         ("signed8", "verify", 128, 640),  # and without
         ("affine4", "verify", 64, 1472),
         ("affine4_f16", "a8", 32, 1440),
         ("affine8", "a4", 32, 224),
+        ("affine4_offset", "a8 g128", 64, 640),
     ],
 )
 def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_cols: int) -> None:
@@ -183,6 +188,8 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
         ("signed8", "verify", 32, split.Tuning(rows=1, depth=1, teams=1, split=2), 9),
         ("signed16", "a8", 128, split.Tuning(rows=1, depth=1, teams=2, split=1, piece=1), 8),
         ("signed16", "a8", 128, split.Tuning(rows=2, depth=1, teams=2, split=2), 63),
+        ("signed16", "a8 g128", 128, split.Tuning(rows=2, depth=1, teams=2, split=2), 63),
+        ("signed8", "a8 g128", 128, split.Tuning(rows=1, depth=2, teams=2, split=1, lead=2), 31),
     ],
 )
 @pytest.mark.parametrize("room", [227 << 10, 0])
@@ -328,8 +335,8 @@ def test_attention_is_the_same_however_it_is_laid_out(
     assert_close(outputs[0], expected, 1e-2)
     for out in outputs[1:]:
         assert_same_bits(out, outputs[0])
-    codes = attention.rotate_write_attend(query, keys, values, kv, angles, places, Activation.A8)
-    assert_quantizes(codes, outputs[0].flatten(1), Activation.A8)
+    codes = attention.rotate_write_attend(query, keys, values, kv, angles, places, VIEWS["a8"])
+    assert_quantizes(codes, outputs[0].flatten(1), VIEWS["a8"])
 
 
 def by_reference(
@@ -379,7 +386,7 @@ def small_decoder(form: str, group: int, shape: tuple[int, int, int, int, int]) 
 def one_by_one(x: Tensor, decoder: Any, at: Rows, kv: list[LayerKV], view: View) -> Tensor:
     """step.py's layers, kernel by kernel."""
     config, delta = decoder.config, None
-    form = view.activation if view.is_draft else None
+    form = view if view.is_draft else None
     sizes = [size * config.head_dim for size in (config.num_heads, *2 * [config.num_kv_heads])]
 
     def multiply(x: Tensor | Quantized, layer: Any) -> Tensor:
@@ -410,6 +417,7 @@ def caches(decoder: Any, num_blocks: int) -> list[LayerKV]:
     ("form", "view", "group", "shape"),
     [
         ("signed16", "a8", 64, (4, 2, 64, 256, 192)),
+        ("signed16", "a8 g128", 128, (2, 1, 128, 384, 640)),
         ("affine4", "verify", 64, (9, 3, 64, 576, 704)),
         ("signed8", "verify", 32, (3, 1, 64, 384, 192)),
         ("affine8_offset", "a4", 32, (4, 2, 64, 256, 192)),
@@ -436,4 +444,6 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(
             assert_same_bits(one.keys, other.keys)
             assert_same_bits(one.values, other.values)
         if context == 1:
-            whole._rooms[VIEWS[view].activation]["counts"][0] = 65533  # stamps soon begin again
+            whole._rooms[whole._room_of(VIEWS[view])]["counts"][0] = (
+                65533  # stamps soon begin again
+            )

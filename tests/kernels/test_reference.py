@@ -137,14 +137,15 @@ def test_linear_draft_with_outlier_columns(form: str, outliers: int) -> None:
 
 def test_outlier_columns_have_the_levels_of_a8_and_the_groups_of_a4() -> None:
     x = inputs(6, 96, torch.float32)  # 64 does not divide it: groups of 32 in a8 too
-    q, scale = reference.quantize_activations(x, Activation.A4, 64)
-    wide, wide_scale = reference.quantize_activations(x, Activation.A8)
-    narrow, narrow_scale = reference.quantize_activations(x, Activation.A4)
+    q, scale = reference.quantize_activations(x, replace(draft_view(Activation.A4), outliers=64))
+    wide, wide_scale = reference.quantize_activations(x, draft_view(Activation.A8))
+    narrow, narrow_scale = reference.quantize_activations(x, draft_view(Activation.A4))
     assert_same_bits(q, torch.cat((wide[:, :2], narrow[:, 2:]), 1))
     assert_same_bits(scale, torch.cat((wide_scale[:, :2], narrow_scale[:, 2:]), 1))
     for activation in (Activation.A8, Activation.A16):
-        plain = reference.round_activations(x, activation)
-        assert_same_bits(reference.round_activations(x, activation, 64), plain)
+        view = draft_view(activation)
+        plain = reference.round_activations(x, view)
+        assert_same_bits(reference.round_activations(x, replace(view, outliers=64)), plain)
 
 
 @pytest.mark.parametrize("view", [VERIFY, *map(draft_view, Activation)], ids=str)
@@ -173,19 +174,23 @@ def test_linear_over_many_blocks_of_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "num_cols", "group", "top"),
+    ("view", "num_cols", "group", "top"),
     [
-        (Activation.A8, 128, 64, 127),
-        (Activation.A8, 96, 32, 127),
-        (Activation.A4, 128, 32, 7),
-        (Activation.A4, 96, 32, 7),
+        (draft_view(Activation.A8), 128, 64, 127),
+        (draft_view(Activation.A8), 96, 32, 127),
+        (draft_view(Activation.A8, 128), 256, 128, 127),
+        (draft_view(Activation.A8, 128), 192, 64, 127),
+        (draft_view(Activation.A8, 128), 96, 32, 127),
+        (draft_view(Activation.A4, 128), 128, 32, 7),
+        (draft_view(Activation.A4), 96, 32, 7),
     ],
+    ids=str,
 )
 def test_activations_are_integers_and_a_scale(
-    activation: Activation, num_cols: int, group: int, top: int
+    view: View, num_cols: int, group: int, top: int
 ) -> None:
     x = inputs(6, num_cols, torch.float32)
-    q, scale = reference.quantize_activations(x, activation)
+    q, scale = reference.quantize_activations(x, view)
     assert q.shape == (6, num_cols // group, group)
     assert scale.shape == (6, num_cols // group, 1)
     assert_same_bits(q, q.round())
@@ -194,8 +199,8 @@ def test_activations_are_integers_and_a_scale(
     error = (q * scale).view_as(x) - x
     half = scale.expand_as(q).reshape_as(x) / 2
     assert (error.abs() <= half * (1 + 1e-5)).all()
-    assert_same_bits(reference.round_activations(x, activation), (q * scale).view_as(x))
-    assert reference.round_activations(x, Activation.A16) is x
+    assert_same_bits(reference.round_activations(x, view), (q * scale).view_as(x))
+    assert reference.round_activations(x, A16) is x
 
 
 # --- embed, norms, rope, silu ----------------------------------------------------------------
@@ -474,7 +479,8 @@ def test_silu_mul_rows_are_independent(width: int, dtype: str) -> None:
 @pytest.mark.parametrize("activation", [Activation.A8, Activation.A4])
 def test_rounded_activations_are_independent(activation: Activation) -> None:
     assert_rows_independent(
-        lambda x: reference.round_activations(x, activation), inputs(40, 192, torch.float32)
+        lambda x: reference.round_activations(x, draft_view(activation)),
+        inputs(40, 192, torch.float32),
     )
 
 

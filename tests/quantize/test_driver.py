@@ -128,7 +128,7 @@ def head_logits(streams: Streams, norm: Tensor, head: Tensor, eps: float) -> Ten
     from qspec_llm.kernels.reference import rms_norm, round_activations
 
     x = rms_norm(streams.other.bfloat16(), norm, eps).float()
-    return round_activations(x, streams.activation) @ head.T
+    return round_activations(x, draft_view(streams.activation)) @ head.T
 
 
 @pytest.mark.parametrize("activation", ["a8", "a16"])

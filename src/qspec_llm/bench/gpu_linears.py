@@ -10,7 +10,7 @@ Knows nothing of attention or of a whole step: that is `steps`.
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from qspec_llm.kernels.cuda.direct import Tuning
 from qspec_llm.kernels.cuda.layout import PackedMatrix, pack
 from qspec_llm.kernels.cuda.linear import linear, wants_integers
 from qspec_llm.kernels.cuda.tables import read_memory
+from qspec_llm.model.load import draft_group
 from qspec_llm.weights.quantize import Recipe, Target, nest
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
 __all__ = ["CASES", "Case", "bench", "shapes_of", "show"]
 
 READ_BYTES = 2 << 30
+HEAD_DIM = 128  # of models that are measured so
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,16 @@ def _runner(
     """Calls the linears of every layer once, on activations that lie ready."""
     some = torch.zeros(1, dtype=torch.int64)
     rows = Rows(some, some, some, some, some, is_prompt=False)
-    inputs: dict[str, Any] = {}
+    view, inputs = case.view, dict[str, Any]()
     outputs: dict[str, Tensor] = {}
     for name in names:
         n, k = linears[name]
         x = torch.randn(count, k, device="cuda").bfloat16()
         one: Any = weights[0][name]
         is_integer = case.target is not None and wants_integers(one, case.view)
-        inputs[name] = quantize(x, case.view.activation) if is_integer else x
+        if is_integer:
+            view = replace(view, group=draft_group([one.spec], HEAD_DIM))
+        inputs[name] = quantize(x, view) if is_integer else x
         outputs[name] = torch.empty(count, n, dtype=torch.bfloat16, device="cuda")
     order = [(name, layer[name]) for layer in weights for name in names]
 
@@ -192,7 +196,7 @@ def _runner(
                 inputs[name],
                 weight,
                 None,
-                case.view,
+                view,
                 rows,
                 out=outputs[name],
                 pdl=case.pdl,

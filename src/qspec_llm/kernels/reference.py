@@ -28,7 +28,7 @@ from qspec_llm.weights.planes import (
     draft_weight,
     verify_weight,
 )
-from qspec_llm.weights.view import OUTLIER_GROUP, Activation, View
+from qspec_llm.weights.view import Activation, View
 
 __all__ = [
     "attention",
@@ -59,7 +59,6 @@ device = torch.device("cpu")
 DECODE_TILE, PROMPT_TILE = 8, 64  # rows
 BLOCK_WEIGHTS = 1 << 20  # weights decoded at a time: their temporaries stay in the L2 cache
 KEY_CHUNK = 64  # keys reduced together in attention; partial results are added in order
-ACTIVATION_GROUP = {Activation.A8: 64, Activation.A4: OUTLIER_GROUP}
 ACTIVATION_TOP = {Activation.A8: 127, Activation.A4: 7}
 
 
@@ -117,7 +116,7 @@ def linear(
     read = draft_weight if view.is_draft else verify_weight
     wide = x.float()
     if view.is_draft and isinstance(weight, Planes):
-        wide = round_activations(wide, view.activation, view.outliers)
+        wide = round_activations(wide, view)
     # A few rows of the matrix at a time: what is decoded stays in the cache.
     num_rows = max(1, BLOCK_WEIGHTS // x.shape[1])
     blocks = [
@@ -139,30 +138,26 @@ def _decode(weight: Stored, read: Callable[[Planes], Tensor], num_rows: int) -> 
             yield read(weight.rows(slice(start, start + num_rows)))
 
 
-def round_activations(x: Tensor, activation: Activation, outliers: int = 0) -> Tensor:
-    """x [R, K] float32 as the view's linears see it: integers times one scale per row and group."""
-    if activation is Activation.A16:
+def round_activations(x: Tensor, view: View) -> Tensor:
+    """x [R, K] float32 as a draft's linears see it: integers times one scale per row and group."""
+    if view.activation is Activation.A16:
         return x
-    integers, scale = quantize_activations(x, activation, outliers)
+    integers, scale = quantize_activations(x, view)
     return (integers * scale).view(x.shape)
 
 
-def quantize_activations(
-    x: Tensor, activation: Activation, outliers: int = 0
-) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """Integers and scales of x [R, K], one scale per row and group of K: x ~ integers * scale.
 
     Returns:
-        integers [R, K/A, A] float32 (|q| <= 127 for a8 and the first `outliers` columns of a4, 7
-        for its others) and scale [R, K/A, 1] float32, with A = 64 (a8) or 32 (a4) columns in a
-        group, 32 where 64 does not divide K.
+        integers [R, K/A, A] float32 (|q| <= 127 for a8 and the first `view.outliers` columns of a4,
+        7 for its others) and scale [R, K/A, 1] float32, with A = `view.columns_a_scale(K)`.
     """
-    group = ACTIVATION_GROUP[activation]
-    group = group if x.shape[1] % group == 0 else 32
+    group = view.columns_a_scale(x.shape[1])
     grouped = x.view(x.shape[0], -1, group)
-    top = torch.full((grouped.shape[1], 1), ACTIVATION_TOP[activation], dtype=torch.float32)
-    if activation is Activation.A4:
-        top[: outliers // group] = ACTIVATION_TOP[Activation.A8]
+    top = torch.full((grouped.shape[1], 1), ACTIVATION_TOP[view.activation], dtype=torch.float32)
+    if view.activation is Activation.A4:
+        top[: view.outliers // group] = ACTIVATION_TOP[Activation.A8]
     scale = grouped.abs().amax(-1, keepdim=True) / top
     # an all-zero group has scale 0; its integers are 0 whatever it is divided by
     integers = torch.round(grouped / scale.clamp(min=torch.finfo(torch.float32).tiny))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from qspec_llm.kernels import Backend, Forward, LayerKV, Packed, Rows
 from qspec_llm.model.config import ModelConfig
 from qspec_llm.model.layers import Layer, Linear, Rotation, decoder_layer, linear
-from qspec_llm.weights.view import View, draft_view
+from qspec_llm.weights.view import ACTIVATION_GROUPS, View
 
 __all__ = ["Decoder", "rope_table"]
 
@@ -35,6 +35,9 @@ class Decoder:
     sin: Tensor
     stored_bytes: int  # of the model's tensors, each counted once as it was read
     draft_bytes: int = 0  # of those, what the draft view can read
+    draft_group: int = ACTIVATION_GROUPS[
+        0
+    ]  # of a8 activations: `View.group` of this model's drafts
 
     def forward(
         self,
@@ -58,6 +61,7 @@ class Decoder:
         Returns:
             Logits [L, vocabulary] float32.
         """
+        view = self.read_view(view)
         home, device = tokens.device, self.ops.device
         if home != device:
             wanted = None if logit_rows is None else logit_rows.to(device)
@@ -75,12 +79,17 @@ class Decoder:
         x = self.ops.rms_norm(x, self.final_norm, self.config.norm_eps)
         return linear(self.ops, x, self.head, self.head_view(view), rows, torch.float32)
 
+    def read_view(self, view: View) -> View:
+        """The view with what the model itself says of its drafts."""
+        return replace(view, group=self.draft_group) if view.is_draft else view
+
     def head_view(self, view: View) -> View:
         """The view that the LM head is read in: a draft's activations may be wider there."""
         least = self.config.head_draft
         if not view.is_draft or least is None:
             return view
-        return draft_view(max(view.activation, least, key=lambda activation: activation.bits))
+        wider = max(view.activation, least, key=lambda activation: activation.bits)
+        return replace(view, activation=wider)
 
     @cached_property
     def _whole_step(self) -> Forward | None:

@@ -5,7 +5,7 @@ LM head count as vocabulary. A tensor that the decoder would not use is an error
 would compute another model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from qspec_llm.model.config import ModelConfig
 from qspec_llm.model.decoder import Decoder, rope_table
 from qspec_llm.model.layers import Layer, Linear
 from qspec_llm.weights.checkpoint import Checkpoint
-from qspec_llm.weights.planes import Dense, Planes, Stored, concat_rows
+from qspec_llm.weights.planes import Dense, Grid, Planes, PlaneSpec, Stored, concat_rows
 from qspec_llm.weights.quantize import Recipe, nest
+from qspec_llm.weights.view import ACTIVATION_GROUPS
 
 __all__ = [
     "EMBEDDING",
@@ -25,6 +26,7 @@ __all__ = [
     "HEAD",
     "ROPE_FACTORS",
     "Progress",
+    "draft_group",
     "expected_shapes",
     "load_decoder",
     "stored_tensors",
@@ -153,7 +155,23 @@ def load_decoder(
     cos, sin = rope_table(config, num_positions, None if factors is None else factors.cpu())
     table = (cos.to(ops.device), sin.to(ops.device))
     counts = reader.num_bytes, reader.num_draft_bytes
-    return Decoder(config, ops, dtype, embedding, layers, final_norm, head, *table, *counts)
+    group = draft_group(reader.specs, config.head_dim)
+    return Decoder(config, ops, dtype, embedding, layers, final_norm, head, *table, *counts, group)
+
+
+def draft_group(specs: Collection[PlaneSpec], head_dim: int) -> int:
+    """Columns of a8 activations that share a scale (`View.group`): 64, or 128 as those of weights.
+
+    Only where a draft's weights are not the target's own (view.py), and where a group lies within a
+    head, whose result is quantised by itself.
+
+    Args:
+        specs: of a model's nested tensors.
+        head_dim: of the model.
+    """
+    usual, wide = ACTIVATION_GROUPS
+    takes = all(spec.grid is Grid.SIGNED and spec.group == wide for spec in specs)
+    return wide if specs and takes and head_dim % wide == 0 else usual
 
 
 class _Reader:
@@ -169,6 +187,7 @@ class _Reader:
         self._tensors, self._ops, self._progress = tensors, ops, progress
         self._waiting: dict[str, Stored] = {}
         self.num_bytes = self.num_draft_bytes = 0
+        self.specs: set[PlaneSpec] = set()  # of what is nested
         self._num_read, self._num_all = 0, len(expected_shapes(config))
         self._family = config.family
 
@@ -192,6 +211,8 @@ class _Reader:
         self._waiting[name] = stored
         self.num_bytes += stored.nbytes
         self.num_draft_bytes += stored.draft_nbytes
+        if isinstance(stored, Planes):
+            self.specs.add(stored.spec)
 
     def vector(self, name: str) -> Tensor:
         """A norm's weight or a bias: bf16 as it is, other types as float32, which kernels read."""

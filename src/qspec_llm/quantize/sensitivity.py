@@ -32,7 +32,7 @@ from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.weights.checkpoint import Checkpoint
 from qspec_llm.weights.planes import Dense, Planes, levels, verify_weight
 from qspec_llm.weights.quantize import Target
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import Activation, View
 
 __all__ = ["HEAD_UNIT", "Unit", "measure"]
 
@@ -221,7 +221,8 @@ def _more_bytes(stored: Sequence[Planes | Dense]) -> int:
 def _rounded(
     x: Tensor, stored: Planes | Dense, activation: Activation, outliers: int = 0
 ) -> Tensor:
-    return x if isinstance(stored, Dense) else round_activations(x, activation, outliers)
+    view = View(is_draft=True, activation=activation, outliers=outliers)
+    return x if isinstance(stored, Dense) else round_activations(x, view)
 
 
 def _draft(stored: Planes | Dense, bits: int) -> Tensor:

@@ -29,7 +29,7 @@ from qspec_llm.quantize.layer import (
 )
 from qspec_llm.quantize.text import CalibrationText
 from qspec_llm.weights.methods import Moments
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import Activation, draft_view
 
 __all__ = ["Choose", "Streams", "advance", "measure_head", "start"]
 
@@ -111,7 +111,8 @@ def measure_head(
     """
     norm, head = final
     exact = rms_norm(streams.exact, norm, config.norm_eps)
-    other = round_activations(rms_norm(streams.other, norm, config.norm_eps), streams.activation)
+    other = rms_norm(streams.other, norm, config.norm_eps)
+    other = round_activations(other, draft_view(streams.activation))
     quantised = choose((module,), head, _moments(streams, other, exact))
     first = streams.text.num_fitted
     rows = torch.nonzero(streams.text.is_answer[first:])[:, 0] + first
@@ -169,7 +170,7 @@ class _Layer:
         names = [self.prefix + module for module in modules]
         matrices = [self.weights[f"{name}.weight"] for name in names]
         exact, other = turned(exact, self.config), turned(other, self.config)
-        other = round_activations(other, streams.activation)
+        other = round_activations(other, draft_view(streams.activation))
         chosen = self.choose(names, torch.cat(matrices), _moments(streams, other, exact))
         outputs = []
         for name, matrix, part in zip(

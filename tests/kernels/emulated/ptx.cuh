@@ -57,6 +57,7 @@ inline T shared_value(u32 at) {
   return value;
 }
 
+DEVICE uint2 load_shared2(u32 at) { return shared_value<uint2>(at); }
 DEVICE uint4 load_shared4(u32 at) { return shared_value<uint4>(at); }
 DEVICE u32 load_shared_u16(u32 at) { return shared_value<u16>(at); }
 DEVICE float load_shared(u32 at) { return shared_value<float>(at); }

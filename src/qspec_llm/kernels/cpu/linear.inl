@@ -253,7 +253,7 @@ void panel_block(const Matrix& w, const Input& in, int64_t row, int64_t panel, V
     const int64_t meta = row * (in.num_cols / 32);
     const Limbs x{all.bytes + row * in.num_cols * LIMBS, all.scale + meta, all.total + meta,
                   all.group};
-    if (w.group >= 64 && all.group == 64) {
+    if (w.group >= 64 && all.group >= 64) {
       integer_panel<is_signed, is_eight, LIMBS, M, 64>(w, x, panel, acc);
     } else {
       integer_panel<is_signed, is_eight, LIMBS, M, 32>(w, x, panel, acc);

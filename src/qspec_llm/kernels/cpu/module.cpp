@@ -36,8 +36,8 @@ Pools pools(Address keys, Address values, int type, int64_t num_slots, int64_t n
           num_kv_heads,        head_dim,              block_size};
 }
 
-View view(bool is_draft, int activation, int64_t outliers) {
-  return {is_draft, static_cast<Activation>(activation), outliers};
+View view(bool is_draft, int activation, int64_t outliers, int64_t group) {
+  return {is_draft, static_cast<Activation>(activation), outliers, group};
 }
 
 void bind_matrix(nb::module_& m) {
@@ -108,9 +108,9 @@ void bind_ops(nb::module_& m) {
       release());
   m.def(
       "linear",
-      [](const Matrix& weight, bool is_draft, int activation, int64_t outliers, Address x,
-         int x_type, int64_t num_rows, Address bias, Address out, int out_type) {
-        op_linear(weight, view(is_draft, activation, outliers), pointer<const void>(x),
+      [](const Matrix& weight, bool is_draft, int activation, int64_t outliers, int64_t group,
+         Address x, int x_type, int64_t num_rows, Address bias, Address out, int out_type) {
+        op_linear(weight, view(is_draft, activation, outliers, group), pointer<const void>(x),
                   static_cast<Type>(x_type), num_rows, pointer<const float>(bias),
                   pointer<void>(out), static_cast<Type>(out_type));
       },
@@ -199,9 +199,11 @@ void bind_step(nb::module_& m) {
       .def(
           "forward",
           [](Step& self, Address tokens, const RowTable& rows, bool is_draft, int activation,
-             int head_activation, Address logit_rows, int64_t num_logits, Address logits) {
-            self.forward(pointer<const int64_t>(tokens), rows, view(is_draft, activation, 0),
-                         static_cast<Activation>(head_activation), pointer<const int64_t>(logit_rows), num_logits, pointer<float>(logits));
+             int64_t group, int head_activation, Address logit_rows, int64_t num_logits,
+             Address logits) {
+            self.forward(pointer<const int64_t>(tokens), rows, view(is_draft, activation, 0, group),
+                         static_cast<Activation>(head_activation), pointer<const int64_t>(logit_rows),
+                         num_logits, pointer<float>(logits));
           },
           nb::call_guard<nb::gil_scoped_release>());
 }

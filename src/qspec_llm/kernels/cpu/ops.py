@@ -91,6 +91,7 @@ def linear(
         view.is_draft,
         ACTIVATION_CODES[view.activation],
         view.outliers,
+        view.group,
         x.data_ptr(),
         code,
         x.shape[0],

@@ -6,6 +6,15 @@ namespace {
 constexpr int64_t kSplitRows = 16;  // up to this many rows, threads share out the keys
 constexpr int64_t kTileRows = 8;    // above, tiles of rows of one head
 
+constexpr int64_t kMostShared = 128;  // columns that share a scale
+
+// View.columns_a_scale of integers; 64 of a16 activations, or 32 where that does not divide them.
+int32_t group_of(Form form, int64_t num_cols, const View& view) {
+  if (form == kOne && view.activation == Activation::kA4) return 32;
+  if (form == kOne && num_cols % view.group == 0) return static_cast<int32_t>(view.group);
+  return num_cols % 64 ? 32 : 64;
+}
+
 int num_limbs(Form form) { return form == kOne ? 1 : form == kTwo ? 2 : 3; }
 
 }  // namespace
@@ -56,19 +65,17 @@ Input& InputStore::reserve(const float* x, int64_t stride, int64_t num_rows, int
   for (int i = 0; i < 3; ++i) {
     if (!(forms & kinds[i])) continue;
     reserve(*limbs[i], num_limbs(kinds[i]), num_rows, num_cols, bytes_[i], scales_[i]);
-    // one scale a token and 64 columns, 32 for a4 and where 64 does not divide K
-    const bool is_a4 = kinds[i] == kOne && view.activation == Activation::kA4;
-    limbs[i]->group = is_a4 || num_cols % 64 ? 32 : 64;
+    limbs[i]->group = group_of(kinds[i], num_cols, view);
   }
   return input_;
 }
 
 void fill_forms(const Kernels& kernels, Input& input, uint32_t forms, Activation activation,
                 int thread, int num_threads) {
-  // shares of whole groups: 64 columns, the last of them perhaps 32
-  const int64_t groups = (input.num_cols + 63) / 64;
-  const int64_t first = groups * thread / num_threads * 64;
-  int64_t last = groups * (thread + 1) / num_threads * 64;
+  // shares of whole groups
+  const int64_t groups = (input.num_cols + kMostShared - 1) / kMostShared;
+  const int64_t first = groups * thread / num_threads * kMostShared;
+  int64_t last = groups * (thread + 1) / num_threads * kMostShared;
   if (last > input.num_cols) last = input.num_cols;
   for (const Form form : {kOne, kTwo, kThree, kWide}) {
     if (forms & form) kernels.fill(input, form, activation, first, last);

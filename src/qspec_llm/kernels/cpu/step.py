@@ -101,6 +101,7 @@ class _WholeStep:
             row_table(rows),
             view.is_draft,
             ACTIVATION_CODES[view.activation],
+            view.group,
             ACTIVATION_CODES[self._decoder.head_view(view).activation],
             logit_rows.data_ptr(),
             logit_rows.shape[0],

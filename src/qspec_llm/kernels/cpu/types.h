@@ -35,6 +35,7 @@ struct View {
   bool is_draft;
   Activation activation;
   int64_t outliers;  // first columns of an a4 input that have 8 bits, whole groups of them
+  int64_t group;     // columns of an a8 input that share a scale: 64 or 128
 };
 
 // Rows x in the forms that linears read; which of them are filled is a set of Form bits.
@@ -54,7 +55,7 @@ enum Form : uint32_t {
 struct Limbs {
   int8_t* bytes;
   float *scale, *total;
-  int32_t group;  // columns that share a scale: 32 or 64
+  int32_t group;  // columns that share a scale: 32, 64 or 128
 };
 
 struct Input {

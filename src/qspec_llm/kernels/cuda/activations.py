@@ -8,19 +8,17 @@ from torch import Tensor
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels.cuda.compile import kernel
 from qspec_llm.kernels.cuda.layout import TILE_COLS
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import Activation, View
 
 __all__ = [
     "TOP_OF",
     "Quantized",
-    "activation_group",
     "check_rows",
     "group_and_top",
     "padded_rows",
     "quantize",
 ]
 
-GROUP_OF = {Activation.A8: 64, Activation.A4: 32}
 TOP_OF = {Activation.A8: 127, Activation.A4: 7}
 
 
@@ -32,17 +30,11 @@ def padded_rows(num_rows: int) -> int:
     return -(-num_rows // 128) * 128
 
 
-def activation_group(num_cols: int, activation: Activation) -> int:
-    """Columns of x that share a scale."""
-    group = GROUP_OF[activation]
-    return group if num_cols % group == 0 else 32
-
-
-def group_and_top(num_cols: int, activation: Activation | None) -> tuple[int, int]:
+def group_and_top(num_cols: int, view: View | None) -> tuple[int, int]:
     """Columns that share a scale and the largest code: constants of a kernel, 0 and 0 for none."""
-    if activation is None:
+    if view is None:
         return 0, 0
-    return activation_group(num_cols, activation), TOP_OF[activation]
+    return view.columns_a_scale(num_cols), TOP_OF[view.activation]
 
 
 @dataclass(frozen=True)
@@ -54,26 +46,27 @@ class Quantized:
             stored[2 i] = code[i], stored[2 i + 1] = code[8 + i].
         meta: [groups, pitch, 2] int32: the bits of the float32 scale, and the sum of the codes, of
             every group of columns and row. Rows from R on hold anything, groups beyond K zeros.
-        activation: a8 or a4.
-        group: columns that share a scale.
+        view: whose linears read them.
     """
 
     codes: Tensor
     meta: Tensor
-    activation: Activation
-    group: int
+    view: View
 
     @classmethod
-    def empty(
-        cls, num_rows: int, num_cols: int, activation: Activation, device: torch.device
-    ) -> "Quantized":
+    def empty(cls, num_rows: int, num_cols: int, view: View, device: torch.device) -> "Quantized":
         """Room for R rows of K columns, for a kernel to fill."""
-        group = activation_group(num_cols, activation)
+        group = view.columns_a_scale(num_cols)
         num_groups = -(-num_cols // TILE_COLS) * TILE_COLS // group
         make = torch.empty if num_cols % TILE_COLS == 0 else torch.zeros
         codes = torch.empty(num_rows, num_cols, dtype=torch.int8, device=device)
         meta = make(num_groups, padded_rows(num_rows), 2, dtype=torch.int32, device=device)
-        return cls(codes, meta, activation, group)
+        return cls(codes, meta, view)
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.view.columns_a_scale(self.codes.shape[1])
 
     @property
     def shape(self) -> torch.Size:
@@ -81,20 +74,20 @@ class Quantized:
         return self.codes.shape
 
 
-def quantize(x: Tensor, activation: Activation, *, pdl: bool = False) -> Quantized:
+def quantize(x: Tensor, view: View, *, pdl: bool = False) -> Quantized:
     """x [R, K] bf16 or float32 as integers: those of `reference.quantize_activations`."""
     check_rows(x, (torch.bfloat16, torch.float32))
     num_rows, num_cols = x.shape
     if num_cols % 32:
         raise QSpecError(f"{num_cols} columns do not divide into groups of 32 activations")
-    out = Quantized.empty(num_rows, num_cols, activation, x.device)
+    out = Quantized.empty(num_rows, num_cols, view, x.device)
     if num_rows == 0:
         return out
     num_groups = num_cols // out.group
     function = kernel(
         "activations.cu",
         "quantize",
-        TOP=TOP_OF[activation],
+        TOP=TOP_OF[view.activation],
         ACT_GROUP=out.group,
         X_FLOAT=int(x.dtype is torch.float32),
     )

@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
 #pragma unroll
       for (int j = 0; j < LANES; j++)
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int n = 0; n < PER_LANE; n++)
           found.values[j][n] = remote(&sh.result[j / CLUSTER][m][first_col + n * 32 + lane], j % CLUSTER);
       const int other = lane % LANES;
       const bool is_top = lane % (2 * LANES) < LANES;
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MT == 1 ? 2 : 1)
       found.mine = remote(from, other % CLUSTER);
       i += CLUSTER * WARPS;
       if (i >= num_parts) arrive();  // its last reads of other blocks
-      float all[2];
+      float all[PER_LANE];
       merge(found, lane, all);
       const int head = kv_head * RATIO + (m0 + m) % RATIO;
       write(all, first + (m0 + m) / RATIO, head * HEAD + first_col, out, codes, meta, pitch);

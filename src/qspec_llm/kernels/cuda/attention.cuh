@@ -17,7 +17,7 @@
 // Defines: HEAD 64 or 128, NUM_HEADS, NUM_KV, BLOCK_SIZE, a multiple of 16; MT: QUERIES = 16 MT;
 // CLUSTER: lanes that meet belong to 1, 2, 4 or 8 groups of threads (blocks, in attention.cu); STAGES;
 // ROTATE 1: q, k, v come unrotated, and keys from the first row's position on come from them; 0: q is ready
-// and every key is in the cache; QUANT_GROUP 0, 32 or 64 and TOP: how the result is quantised. UNIT: keys
+// and every key is in the cache; QUANT_GROUP 0, 32, 64 or 128 and TOP: how the result is quantised. UNIT: keys
 // of a unit, whole chunks, where it is not 16 for each warp that shares a lane.
 
 #pragma once
@@ -39,7 +39,8 @@
 #define PIECES (HEAD / 8)            // 16-byte pieces of a row
 #define COPIED (32 * TEAM / PIECES)  // rows that a team copies at a time
 #define COLS (HEAD / SHARES)         // of the result, for a warp
-#define PART 64                      // columns of the result that a warp merges
+#define PART (QUANT_GROUP > 64 ? QUANT_GROUP : 64)  // columns of the result that a warp merges
+#define PER_LANE (PART / 32)
 #ifndef UNIT
 #define UNIT (16 * SHARES)  // keys, or values: half a chunk or whole ones
 #endif
@@ -107,41 +108,42 @@ struct Partial {
   float total[COLS / 8][4], sums[4], tops[2];
 };
 
-// The lanes' results for columns lane and lane + 32 of PART ones; `mine` is the top of lane j of chunks in
+// The lanes' results for columns lane, lane + 32, .. of PART ones; `mine` is the top of lane j of chunks in
 // the warp's lanes j and the sum of its weights in lanes LANES + j.
 struct Found {
-  float values[LANES][2], mine;
+  float values[LANES][PER_LANE], mine;
 };
 
 // The lanes in their order.
-DEVICE void merge(const Found& found, int lane, float (&all)[2]) {
+DEVICE void merge(const Found& found, int lane, float (&all)[PER_LANE]) {
   const bool is_top = lane % (2 * LANES) < LANES;
   float top = is_top ? found.mine : -INFINITE;
 #pragma unroll
   for (int step = LANES; step; step >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
   const float weights = exp2_of(found.mine - (top == -INFINITE ? 0.f : top));  // of lanes with tops
   float sum = 0.f;
-  all[0] = all[1] = 0.f;
+#pragma unroll
+  for (int n = 0; n < PER_LANE; n++) all[n] = 0.f;
 #pragma unroll
   for (int j = 0; j < LANES; j++) {
     const float weight = __shfl_sync(~0u, weights, j);
     sum = __fadd_rn(sum, __fmul_rn(weight, __shfl_sync(~0u, found.mine, LANES + j)));
 #pragma unroll
-    for (int n = 0; n < 2; n++)
+    for (int n = 0; n < PER_LANE; n++)
       all[n] = __fadd_rn(all[n], __fmul_rn(weight, found.values[j][n]));
   }
 #pragma unroll
-  for (int n = 0; n < 2; n++) all[n] = __fdiv_rn(all[n], sum == 0.f ? 1.f : sum);
+  for (int n = 0; n < PER_LANE; n++) all[n] = __fdiv_rn(all[n], sum == 0.f ? 1.f : sum);
 }
 
 #if QUANT_GROUP
-// PART columns of one finished query, of which a lane holds columns lane and lane + 32, as codes. All lanes
+// PART columns of one finished query, of which a lane holds columns lane, lane + 32, .., as codes. All lanes
 // of a warp call it.
 struct QuantizedPart {
-  int codes[2];
+  int codes[PER_LANE];
   int2 meta[PART / QUANT_GROUP];
 
-  DEVICE explicit QuantizedPart(const float (&exact)[2]) {
+  DEVICE explicit QuantizedPart(const float (&exact)[PER_LANE]) {
 #pragma unroll
     for (int group = 0; group < PART / QUANT_GROUP; group++) {
       float value[QUANT_GROUP / 32], top = 0.f;
@@ -167,28 +169,30 @@ struct QuantizedPart {
   // Four codes, of those that lie at 4 lane of PART.
   DEVICE u32 word() const {
     const int lane = this_thread() & 31;
-    const u32 mine = (codes[0] & 255) | (codes[1] & 255) << 8;
+    u32 mine = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) mine |= (codes[i] & 255) << (i * 8);
     const int first = (lane % 8 / 4) * 16 + lane % 4 * 2;
     u32 found = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       // of every 16 columns the two halves of 8 are interleaved
       const u32 other = __shfl_sync(~0u, mine, first + i % 2 * 8 + i / 2);
-      found |= (other >> (lane / 8 % 2 * 8) & 255) << (i * 8);
+      found |= (other >> (lane / 8 % PER_LANE * 8) & 255) << (i * 8);
     }
     return found;
   }
 };
 #endif
 
-// PART columns of one finished query, by one warp: columns lane and lane + 32.
-DEVICE void write(const float (&exact)[2], i64 row, int first_col, u16* out, u8* codes, int2* meta,
+// PART columns of one finished query, by one warp: columns lane, lane + 32, ..
+DEVICE void write(const float (&exact)[PER_LANE], i64 row, int first_col, u16* out, u8* codes, int2* meta,
                   int pitch) {
   const int lane = threadIdx.x & 31;
 #if QUANT_GROUP
   const QuantizedPart quantized(exact);
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < PER_LANE; i++) {
     const int col = first_col + i * 32 + lane;
     // of every 16 columns the two halves of 8 are interleaved
     const int at = (col & ~15) + ((col & 7) << 1) + ((col >> 3) & 1);
@@ -201,7 +205,7 @@ DEVICE void write(const float (&exact)[2], i64 row, int first_col, u16* out, u8*
   }
 #else
 #pragma unroll
-  for (int i = 0; i < 2; i++)
+  for (int i = 0; i < PER_LANE; i++)
     out[row * (NUM_HEADS * HEAD) + first_col + i * 32 + lane] = (u16)float_to_bf16(exact[i]);
 #endif
 }

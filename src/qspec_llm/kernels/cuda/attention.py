@@ -16,35 +16,34 @@ from qspec_llm.kernels.cuda.compile import kernel, num_multiprocessors
 from qspec_llm.kernels.cuda.device import can_overlap
 from qspec_llm.kernels.cuda.form import HEAD_DIMS, LANES, PLACED
 from qspec_llm.kernels.cuda.rows import targets
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import View
 
 __all__ = ["attend", "rotate_write_attend"]
 
 QUERIES, WARPS = 16, 8  # of attention.cu, for each tile of queries
 CLUSTERS = (8, 4, 2, 1)  # blocks that may share a KV head
 MOST_STAGES = 8
+PART = 64  # columns that a warp merges at least
 SMEM_PER_BLOCK, SMEM_PER_SM = 227 << 10, 228 << 10
 
 
-def attend(
-    query: Tensor, kv: LayerKV, rows: Rows, activation: Activation | None = None
-) -> Tensor | Quantized:
+def attend(query: Tensor, kv: LayerKV, rows: Rows, view: View | None = None) -> Tensor | Quantized:
     """Causal attention of rotated queries over the cache, scaled by 1/sqrt(D).
 
     Args:
         query: [R, heads, D].
         kv: the cache of this layer.
         rows: where the rows sit, each sequence's its last positions.
-        activation: how to quantise the result, if a group of columns lies within a head.
+        view: how to quantise the result, if a group of columns lies within a head.
 
     Returns:
         [R, heads, D] in the dtype of `query`, or the quantised rows [R, heads D].
     """
     if _fits(query, kv):
-        return _attend(query, None, None, kv, None, rows, activation)
+        return _attend(query, None, None, kv, None, rows, view)
     from qspec_llm.kernels.triton import attention as by_triton
 
-    form = activation if query.shape[2] in HEAD_DIMS else None
+    form = view if query.shape[2] in HEAD_DIMS else None
     return by_triton.attend_decode(query, kv, rows, _max_context(kv, rows), form)
 
 
@@ -55,7 +54,7 @@ def rotate_write_attend(
     kv: LayerKV,
     angles: tuple[Tensor, Tensor],
     rows: Rows,
-    activation: Activation | None,
+    view: View | None,
 ) -> Tensor | Quantized:
     """RoPE, the write of K and V to their slots (not where slot < 0), and attention.
 
@@ -65,23 +64,23 @@ def rotate_write_attend(
         kv: the cache of this layer.
         angles: cos and sin [positions, D/2] float32, of every position.
         rows: where the rows sit.
-        activation: how to quantise the result, if a group of columns lies within a head.
+        view: how to quantise the result, if a group of columns lies within a head.
 
     Returns:
         [R, heads, D] in the dtype of `query`, or the quantised rows [R, heads D].
     """
-    head_dim = query.shape[2]
-    if activation is not None and head_dim % 64:
-        activation = None
+    _, num_heads, head_dim = query.shape
+    if view is not None and head_dim % max(PART, view.columns_a_scale(num_heads * head_dim)):
+        view = None
     if _fits(query, kv):
-        return _attend(query, keys, values, kv, angles, rows, activation)
+        return _attend(query, keys, values, kv, angles, rows, view)
     from qspec_llm.kernels.triton import attention as by_triton
     from qspec_llm.kernels.triton.rope import rotate_and_write
 
     rotated = rotate_and_write(query, keys, values, kv, *angles, rows.positions, rows.slots)
     if head_dim not in HEAD_DIMS:
-        activation = None
-    return by_triton.attend_decode(rotated, kv, rows, _max_context(kv, rows), activation)
+        view = None
+    return by_triton.attend_decode(rotated, kv, rows, _max_context(kv, rows), view)
 
 
 def _fits(query: Tensor, kv: LayerKV) -> bool:
@@ -102,12 +101,12 @@ def _attend(
     kv: LayerKV,
     angles: tuple[Tensor, Tensor] | None,
     rows: Rows,
-    activation: Activation | None,
+    view: View | None,
 ) -> Tensor | Quantized:
     num_rows, num_heads, head_dim = query.shape
     num_kv, device = kv.keys.shape[1], query.device
     num_seqs = rows.contexts.shape[0]
-    group, top = group_and_top(num_heads * head_dim, activation)
+    group, top = group_and_top(num_heads * head_dim, view)
     # neither the queries that a block holds nor the blocks that share a head change a sum
     num_queries = -(-num_rows // num_seqs) * (num_heads // num_kv)
     tiles = 1 if num_queries <= QUERIES else 2
@@ -127,10 +126,10 @@ def _attend(
         TOP=top,
     )
     out: Tensor | Quantized
-    if activation is None:
+    if view is None:
         out = torch.empty((num_rows, num_heads, head_dim), dtype=query.dtype, device=device)
     else:
-        out = Quantized.empty(num_rows, num_heads * head_dim, activation, device)
+        out = Quantized.empty(num_rows, num_heads * head_dim, view, device)
     cos, sin = angles if angles is not None else (None, None)
     strides = [0 if x is None else x.stride(0) for x in (query, keys, values)]
     tables = rows.block_tables

@@ -87,7 +87,7 @@ def _check_form(spec: PlaneSpec | tuple[int, int], view: View, device: int) -> N
             x = torch.randn(count, cols, generator=generator).bfloat16()
             wide = x.float()
             if view.is_draft and isinstance(packed, PackedPlanes):
-                wide = reference.round_activations(wide, view.activation)
+                wide = reference.round_activations(wide, view)
             expected = wide.double() @ weight.t()
             what = f"{name} of {cols} columns, {view.activation}, {count} rows"
             limit = LARGEST_ROUNDED if is_prompt else LARGEST_ERROR

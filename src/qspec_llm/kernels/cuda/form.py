@@ -63,10 +63,11 @@ class Form:
 
 
 @functools.cache
-def form_of(spec: PlaneSpec | None, view: View, act_group: int) -> Form:
+def form_of(spec: PlaneSpec | None, view: View) -> Form:
     """How `view` reads a tensor of `spec` (None: a dense one)."""
     if spec is None:
         return Form(bits=0)
+    is_wide = view.activation is Activation.A16
     bits = spec.draft_bits if view.is_draft else spec.bits
     base_bytes, rest_bytes = tile_bytes(spec)
     return Form(
@@ -76,16 +77,16 @@ def form_of(spec: PlaneSpec | None, view: View, act_group: int) -> Form:
         has_offset=spec.has_offset,
         has_middle=spec.grid is Grid.AFFINE and bits == 4 and spec.bits == 8,
         is_half=spec.scale_dtype is torch.float16,
-        act=16 if view.activation is Activation.A16 else 8,
-        act_group=act_group,
+        act=16 if is_wide else 8,
+        act_group=64 if is_wide else view.columns_a_scale(spec.num_cols),
         base_bytes=base_bytes,
         rest_bytes=0 if bits == 4 else rest_bytes,
     )
 
 
-def form_of_weight(weight: PackedPlanes | PackedDense, view: View, act_group: int = 64) -> Form:
-    """How `view` reads a packed tensor, with activations in groups of `act_group`."""
-    return form_of(weight.spec if isinstance(weight, PackedPlanes) else None, view, act_group)
+def form_of_weight(weight: PackedPlanes | PackedDense, view: View) -> Form:
+    """How `view` reads a packed tensor."""
+    return form_of(weight.spec if isinstance(weight, PackedPlanes) else None, view)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@
 #define BARRIERS_AT (ALL_WARPS * SLOTS * SLOT_BYTES)
 #define SUMS_AT (BARRIERS_AT + ALL_WARPS * SLOTS * 8)
 #define ROW_AT (SUMS_AT + 2 * TEAMS * RANGES * SUM_BYTES)                // after two buffers of sums a team
-#define LANES_AT (ROW_AT + COUNT_OF(WIDEST) * (X_TILE + META_TILE))  // after a linear's input
+#define LANES_AT ((ROW_AT + COUNT_OF(WIDEST) * (X_TILE + META_TILE) + 15) / 16 * 16)  // after a linear's input
 
 // A row as pieces: pairs of 4 codes, then {scale, sum} of every group; or words.
 #if ACT == 8

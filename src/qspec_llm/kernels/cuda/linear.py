@@ -98,7 +98,7 @@ def linear(
         if rows.is_prompt and (isinstance(weight, PackedDense) or not view.is_draft):
             return prompt(x, weight, bias, out)
         if wants_integers(weight, view):
-            x = quantize(x, view.activation, pdl=pdl)
+            x = quantize(x, view, pdl=pdl)
         elif num_cols % 8:  # the copy engine reads rows from multiples of 16 bytes
             x = torch.nn.functional.pad(x, (0, -num_cols % 8))
     _generated(x, weight, bias, view, out, pdl, chosen)
@@ -116,7 +116,7 @@ def _generated(
 ) -> None:
     values = x.codes if isinstance(x, Quantized) else x
     product = Product(
-        form=form_of_weight(weight, view, x.group if isinstance(x, Quantized) else 64),
+        form=form_of_weight(weight, view),
         values=values.clone() if values.data_ptr() % 16 else values,
         meta=x.meta if isinstance(x, Quantized) else None,
         weight=weight,

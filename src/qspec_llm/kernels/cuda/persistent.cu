@@ -332,18 +332,20 @@ DEVICE void merge_lanes(const Step& s, u32 stamp) {
   for (int i = gridDim.x - 1 - this_block() + warp * gridDim.x; i < NUM_HEADS * parts;
        i += ALL_WARPS * gridDim.x) {
     const int head = i / parts, first_col = i % parts * PART;
-    uint2 pairs[LANES][2];
+    uint2 pairs[LANES][PER_LANE];
     uint4 stats;
     look_until_found([&]() {
       stats = load_pairs(s.lane_stats + head * LANES + lane % LANES);
 #pragma unroll
       for (int j = 0; j < LANES; j++)
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int n = 0; n < PER_LANE; n++)
           pairs[j][n] = load_pair(s.lanes + (head * LANES + j) * HEAD + first_col + n * 32 + lane);
       bool are_there = are_pairs_of(stats, stamp);
 #pragma unroll
-      for (int j = 0; j < LANES; j++) are_there &= pairs[j][0].y == stamp && pairs[j][1].y == stamp;
+      for (int j = 0; j < LANES; j++)
+#pragma unroll
+        for (int n = 0; n < PER_LANE; n++) are_there &= pairs[j][n].y == stamp;
       return are_there;
     });
     __syncwarp();
@@ -352,8 +354,8 @@ DEVICE void merge_lanes(const Step& s, u32 stamp) {
 #pragma unroll
     for (int j = 0; j < LANES; j++)
 #pragma unroll
-      for (int n = 0; n < 2; n++) found.values[j][n] = __uint_as_float(pairs[j][n].x);
-    float all[2];
+      for (int n = 0; n < PER_LANE; n++) found.values[j][n] = __uint_as_float(pairs[j][n].x);
+    float all[PER_LANE];
     merge(found, this_thread() % 32, all);
     const int col = head * HEAD + first_col;
 #if ACT == 8
@@ -366,7 +368,7 @@ DEVICE void merge_lanes(const Step& s, u32 stamp) {
     }
 #else
 #pragma unroll
-    for (int n = 0; n < 2; n++)
+    for (int n = 0; n < PER_LANE; n++)
       store_relaxed((u32*)s.attended + col + n * 32 + lane, float_to_bf16(all[n]) << 16 | stamp);
 #endif
   }

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from qspec_llm.kernels import LayerKV, Rows
-from qspec_llm.kernels.cuda.activations import TOP_OF, activation_group
+from qspec_llm.kernels.cuda.activations import TOP_OF
 from qspec_llm.kernels.cuda.compile import architecture, kernel, num_multiprocessors
 from qspec_llm.kernels.cuda.device import is_interpreted
 from qspec_llm.kernels.cuda.form import HEAD_DIMS, LANES, PLACED, Form, form_of
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS, PackedPlanes
 from qspec_llm.weights.planes import PlaneSpec
-from qspec_llm.weights.view import Activation, View
+from qspec_llm.weights.view import ACTIVATION_GROUPS, Activation, View, draft_view
 
 __all__ = ["Layout", "Persistent", "Sizes", "layout_of"]
 
@@ -98,7 +98,7 @@ def _row_bytes(sizes: Sizes, form: Form) -> int:
     widest = max(sizes.hidden, sizes.heads * sizes.head_dim, sizes.inner)
     tiles = math.ceil(widest / TILE_COLS)
     scales = TILE_COLS // form.act_group * 8 if form.act == 8 else 0
-    return tiles * (TILE_COLS * form.act // 8 + scales)
+    return -(-tiles * (TILE_COLS * form.act // 8 + scales) // 16) * 16
 
 
 def _lane_bytes(sizes: Sizes, unit: int, stages: int) -> int:
@@ -188,7 +188,8 @@ class Persistent:
             config.num_kv_heads,
             config.head_dim,
         )
-        self._rooms = {activation: self._room(activation) for activation in Activation}
+        views = [draft_view(one, size) for one in Activation for size in ACTIVATION_GROUPS]
+        self._rooms = {self._room_of(view): self._room(view) for view in views}
         first = [getattr(decoder.layers[0], name) for name in LINEARS]
         biases = [bias for one in first for _, bias in one.parts if bias is not None]
         self._bias_is_float = any(bias.dtype is torch.float32 for bias in biases)
@@ -226,9 +227,14 @@ class Persistent:
         is_one = rows.positions.shape[0] == 1 and rows.contexts.shape[0] == 1
         if rows.is_prompt or not is_one or block_size % PLACED:
             return None
+        sizes = self._sizes
+        widths = (sizes.hidden, sizes.inner, sizes.heads * sizes.head_dim)
+        groups = {view.columns_a_scale(width) for width in widths}
+        if len(groups) > 1 or sizes.head_dim % groups.pop():
+            return None
         num_keys = rows.block_tables.shape[1] * block_size
         multiprocessors = num_multiprocessors(rows.positions.device.index)
-        return layout_of(self._sizes, self._form(view), multiprocessors, num_keys)
+        return layout_of(sizes, self._form(view), multiprocessors, num_keys)
 
     def __call__(
         self, x: Tensor, rows: Rows, kv: Sequence[LayerKV], view: View, laid: Layout
@@ -239,7 +245,9 @@ class Persistent:
         step = _step_type(len(decoder.layers))(
             layers=self._layers(kv),
             x=x.data_ptr(),
-            **{name: tensor.data_ptr() for name, tensor in self._rooms[view.activation].items()},
+            **{
+                name: tensor.data_ptr() for name, tensor in self._rooms[self._room_of(view)].items()
+            },
             cosines=decoder.cos.data_ptr(),
             sines=decoder.sin.data_ptr(),
             positions=rows.positions.data_ptr(),
@@ -272,7 +280,11 @@ class Persistent:
         grid = (num_multiprocessors(x.device.index),)
         function.launch(grid, 32 * WARPS, [step], smem=laid.smem, cooperative=True)
 
-    def _room(self, activation: Activation) -> dict[str, Tensor]:
+    def _room_of(self, view: View) -> tuple[Activation, int]:
+        """Views with one of these are laid out alike."""
+        return view.activation, view.columns_a_scale(self._sizes.hidden)
+
+    def _room(self, view: View) -> dict[str, Tensor]:
         """What blocks hand to each other (persistent.cu's Step), zeros at first.
 
         Stamps are counted in it, and every pass writes all of it: so passes over other activations,
@@ -285,9 +297,9 @@ class Persistent:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
 
         def pieces(columns: int) -> Tensor:
-            if activation is Activation.A16:
+            if view.activation is Activation.A16:
                 return room(columns)
-            return room(columns // 8 + columns // activation_group(sizes.hidden, activation), 4)
+            return room(columns // 8 + columns // view.columns_a_scale(sizes.hidden), 4)
 
         return {
             "after_attention": room(sizes.hidden),
@@ -303,10 +315,7 @@ class Persistent:
 
     def _form(self, view: View) -> Form:
         """How the view reads the linears, which all have one form."""
-        act_group = 64
-        if view.activation is not Activation.A16:
-            act_group = activation_group(self._decoder.config.hidden_size, view.activation)
-        return form_of(self._spec, view, act_group)
+        return form_of(self._spec, view)
 
     def _layers(self, kv: Sequence[LayerKV]) -> Any:
         """Where every layer's weights and cache lie."""

@@ -32,7 +32,8 @@
 #if ACT == 8
 #define ACT_GROUPS (TILE_COLS / ACT_GROUP)
 #define META_TILE (ACT_GROUPS * META_TOKENS * 8)
-#define SUBGROUP (GROUP < ACT_GROUP ? GROUP : ACT_GROUP)
+#define SUBGROUP (GROUP < ACT_GROUP ? GROUP : ACT_GROUP)  // columns that share both scales
+#define PART_OF_HALF (SUBGROUP < 64 ? SUBGROUP : 64)     // of a subgroup's columns
 #else
 #define META_TILE 0
 #endif
@@ -202,7 +203,7 @@ DEVICE void reload(Weights (&w)[RT], const Stream (&next)[RT], const Lane& l, in
 #define UPPER 16
 #define SIGNED_BYTES (BITS == 4 && NT > 1)
 #define WHOLE_BYTES (BITS == 4 && !SIGNED_BYTES)
-#define TOGETHER (NT > 3 ? 2 : NT)  // tiles of tokens whose x is in registers at a time
+#define TOGETHER (NT > 6 ? 1 : NT > 3 ? 2 : NT)  // tiles of tokens whose x is in registers at a time
 
 // An integer below 2^22 in size that was added to this is the mantissa of a float: 128 products of a byte and
 // an int8 are.
@@ -229,10 +230,18 @@ DEVICE void codes_of(u32 (&a)[2][4], const Weights& w, int h) {
 DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], const Activations& x,
                           const Stream (&next)[RT], bool has_next) {
   GroupScales scales[GROUP < 64 ? 64 / GROUP : 1][RT];  // of half a tile
+  int d[RT][NT][4];
+#if BITS == 8
+  int high[RT][NT][4];
+#endif
 #if ONE_TOKEN
-  uint4 metas[ACT_GROUPS / 2];  // two groups each
+  uint2 metas[ACT_GROUPS];
 #pragma unroll
-  for (int i = 0; i < ACT_GROUPS / 2; i++) metas[i] = load_shared4(x.meta + i * 16);
+  for (int i = 0; i + 1 < ACT_GROUPS; i += 2) {
+    const uint4 two = load_shared4(x.meta + i * 8);
+    metas[i] = make_uint2(two.x, two.y), metas[i + 1] = make_uint2(two.z, two.w);
+  }
+  if (ACT_GROUPS == 1) metas[0] = load_shared2(x.meta);
 #endif
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -256,9 +265,10 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
 #pragma unroll
       for (int n = first; n < end; n++) load_matrices(b[n], x.at(n, h * 64));
 #pragma unroll
-      for (int sub = 0; sub < 64 / SUBGROUP; sub++) {
-        const int column = h * 64 + sub * SUBGROUP, of_half = sub * SUBGROUP / GROUP;
-        const int act_group = column / ACT_GROUP;
+      for (int part = 0; part < 64; part += PART_OF_HALF) {
+        const int column = h * 64 + part, of_half = part / GROUP, act_group = column / ACT_GROUP;
+        const int first_step = part / 32, end_step = first_step + PART_OF_HALF / 32;
+        const bool starts = column % SUBGROUP == 0, ends = (column + PART_OF_HALF) % SUBGROUP == 0;
         if (column % GROUP == 0 && first == 0) {
 #pragma unroll
           for (int r = 0; r < RT; r++) {
@@ -276,10 +286,16 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
         int sum[NT][2];
 #pragma unroll
         for (int n = first; n < end; n++) {
+          if (!(BITS == 8 ? starts : ends)) break;
 #if ONE_TOKEN
-          const uint4 m = metas[act_group / 2];
-          xs[n][0] = __uint_as_float(act_group % 2 ? m.z : m.x), xs[n][1] = 0.f;
-          sum[n][0] = (int)(act_group % 2 ? m.w : m.y), sum[n][1] = 0;
+          xs[n][0] = __uint_as_float(metas[act_group].x), xs[n][1] = 0.f;
+          sum[n][0] = (int)metas[act_group].y, sum[n][1] = 0;
+#elif SCALES_MAGIC && !HAS_SHIFT
+          // no sums are asked for, and two loads of a word take less of shared memory than one of four
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            xs[n][i] = load_shared(x.meta + (act_group * TOKENS + n * 8 + i) * 8), sum[n][i] = 0;
+          }
 #else
           const uint4 m = load_shared4(x.meta + (act_group * TOKENS + n * 8) * 8);
           xs[n][0] = __uint_as_float(m.x), xs[n][1] = __uint_as_float(m.z);
@@ -289,7 +305,10 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
           // sums of the columns that share the weight's scale: a row of ones times x
           int ones[4] = {0, 0, 0, 0};
           const u32 one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
-          mma_u8s8(ones, one, b[n][2 * sub], b[n][2 * sub + 1]);
+#pragma unroll
+          for (int step = first_step; step < end_step; step++) {
+            mma_u8s8(ones, one, b[n][2 * step], b[n][2 * step + 1]);
+          }
           sum[n][0] = ones[0], sum[n][1] = ones[1];
 #endif
         }
@@ -297,45 +316,50 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
         for (int r = 0; r < RT; r++) {
 #pragma unroll
           for (int n = first; n < end; n++) {
-            const GroupScales& of = scales[of_half][r];
-            float product[4];  // of levels, times the weights' scale: rounded once
-            const int first_step = sub * (SUBGROUP / 32), end_step = first_step + SUBGROUP / 32;
-#if BITS == 8
-            const int z0 = -LEVEL_ZERO * sum[n][0], z1 = -LEVEL_ZERO * sum[n][1];
-            const int upper0 = -LEVEL_ZERO * UPPER * sum[n][0];
-            const int upper1 = -LEVEL_ZERO * UPPER * sum[n][1];
-            int high[4] = {0, 0, 0, 0};
-            int d[4] = {z0, z1, upper0, upper1};
+            if (starts) {
 #pragma unroll
-            for (int step = first_step; step < end_step; step++) {
-              mma_u8s8(high, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
-              mma_u8s8(d, fine[r][step], b[n][2 * step], b[n][2 * step + 1]);
+              for (int i = 0; i < 4; i++) {
+#if BITS == 8
+                high[r][n][i] = 0, d[r][n][i] = -LEVEL_ZERO * (i < 2 ? 1 : UPPER) * sum[n][i & 1];
+#else
+                d[r][n][i] = MAGIC_BITS;
+#endif
+              }
             }
 #pragma unroll
-            for (int i = 0; i < 4; i += NEXT_SUM) product[i] = (float)(d[i] + 16 * high[i]) * of.scale[i >> 1];
-#else
-            int d[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
-#pragma unroll
             for (int step = first_step; step < end_step; step++) {
-#if SIGNED_BYTES
-              mma_s8(d, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
+#if BITS == 8
+              mma_u8s8(high[r][n], a[r][step], b[n][2 * step], b[n][2 * step + 1]);
+              mma_u8s8(d[r][n], fine[r][step], b[n][2 * step], b[n][2 * step + 1]);
+#elif SIGNED_BYTES
+              mma_s8(d[r][n], a[r][step], b[n][2 * step], b[n][2 * step + 1]);
 #else
-              mma_u8s8(d, a[r][step], b[n][2 * step], b[n][2 * step + 1]);
+              mma_u8s8(d[r][n], a[r][step], b[n][2 * step], b[n][2 * step + 1]);
 #endif
             }
+            if (!ends) continue;
+            const GroupScales& of = scales[of_half][r];
+            float product[4];  // of levels, times the weights' scale: rounded once
+#if BITS == 8
+#pragma unroll
+            for (int i = 0; i < 4; i += NEXT_SUM) {
+              product[i] = (float)(d[r][n][i] + 16 * high[r][n][i]) * of.scale[i >> 1];
+            }
+#else
 #pragma unroll
             for (int i = 0; i < 2; i += NEXT_SUM) {
+              const int upper = d[r][n][i + 2], lower = d[r][n][i];
 #if SCALES_MAGIC
               // exact but for its rounding: a scale of 11 bits or fewer times MAGIC, which has 2, has no more than a float
-              product[i] = fmaf(__int_as_float(d[i]), of.scale[0], -of.magic[0]);
-              product[i + 2] = fmaf(__int_as_float(d[i + 2]), of.scale[1], -of.magic[1]);
+              product[i] = fmaf(__int_as_float(lower), of.scale[0], -of.magic[0]);
+              product[i + 2] = fmaf(__int_as_float(upper), of.scale[1], -of.magic[1]);
 #elif SIGNED_BYTES
-              product[i] = from_magic(d[i], -LEFT_OF_ZERO * sum[n][i]) * of.scale[0];
-              product[i + 2] = from_magic(d[i + 2], -LEFT_OF_ZERO * sum[n][i]) * of.scale[1];
+              product[i] = from_magic(lower, -LEFT_OF_ZERO * sum[n][i]) * of.scale[0];
+              product[i + 2] = from_magic(upper, -LEFT_OF_ZERO * sum[n][i]) * of.scale[1];
 #else
-              const float lower = from_magic(d[i], LEVEL_ZERO * sum[n][i]);
-              const float both = from_magic(d[i + 2], LEVEL_ZERO * (UPPER + 1) * sum[n][i]);
-              product[i] = lower * of.scale[0], product[i + 2] = (both - lower) * of.scale[1];
+              const float low = from_magic(lower, LEVEL_ZERO * sum[n][i]);
+              const float both = from_magic(upper, LEVEL_ZERO * (UPPER + 1) * sum[n][i]);
+              product[i] = low * of.scale[0], product[i + 2] = (both - low) * of.scale[1];
 #endif
             }
 #endif

@@ -26,6 +26,12 @@ DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p)
 
 // ---- shared memory -------------------------------------------------------------------------------
 
+DEVICE uint2 load_shared2(u32 at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+  return v;
+}
+
 DEVICE uint4 load_shared4(u32 at) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -1,7 +1,7 @@
 // Operations on single rows: the residual add with RMSNorm, and SwiGLU, each with the quantisation of
 // its result. A thread holds vectors of 8 columns; sums have one order, given by the width alone.
 //
-// Defines: WIDTH columns, THREADS, QUANT_GROUP 0, 32 or 64 and TOP: how the result is quantised (0: it is
+// Defines: WIDTH columns, THREADS, QUANT_GROUP 0, 32, 64 or 128 and TOP: how the result is quantised (0: it is
 // written in bf16); HAS_DELTA; WEIGHT_FLOAT: the norm's weight is float32, else bf16.
 
 #include "vector.cuh"

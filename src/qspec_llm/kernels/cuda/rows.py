@@ -10,7 +10,7 @@ from torch import Tensor
 from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.cuda.compile import kernel
 from qspec_llm.kernels.cuda.device import can_overlap
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import View
 
 __all__ = ["add_rms_norm", "rms_norm", "silu_mul", "targets"]
 
@@ -36,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, activation: Activation | None
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, view: View | None
 ) -> tuple[Tensor, Tensor | Quantized]:
     """The residual stream after `delta` is added, and its norm, quantised where it is asked for.
 
@@ -45,20 +45,20 @@ def add_rms_norm(
         delta: [R, K] to add, or None.
         weight: [K].
         eps: added to the mean square.
-        activation: how to quantise the norm; None leaves it in x's dtype.
+        view: how to quantise the norm; None leaves it in x's dtype.
     """
     if not _fits(x, x.shape[1]):
         from qspec_llm.kernels.triton import norms
 
-        return norms.add_rms_norm(x, delta, weight, eps, activation)
+        return norms.add_rms_norm(x, delta, weight, eps, view)
     total = x if delta is None else torch.empty_like(x)
-    out: Tensor | Quantized = torch.empty_like(x) if activation is None else _room(x, activation)
+    out: Tensor | Quantized = torch.empty_like(x) if view is None else _room(x, view)
     _norm(x, delta, total, weight, eps, out)
     return total, out
 
 
-def _room(x: Tensor, activation: Activation) -> Quantized:
-    return Quantized.empty(x.shape[0], x.shape[1], activation, x.device)
+def _room(x: Tensor, view: View) -> Quantized:
+    return Quantized.empty(x.shape[0], x.shape[1], view, x.device)
 
 
 def _norm(
@@ -88,18 +88,18 @@ def _norm(
     function.launch((num_rows,), threads, args, pdl=can_overlap())
 
 
-def silu_mul(gate_up: Tensor, activation: Activation | None = None) -> Tensor | Quantized:
-    """silu(gate) * up for gate_up [R, 2 I]: [R, I], quantised where `activation` says how."""
+def silu_mul(gate_up: Tensor, view: View | None = None) -> Tensor | Quantized:
+    """silu(gate) * up for gate_up [R, 2 I]: [R, I], quantised where `view` says how."""
     num_rows, num_cols = gate_up.shape[0], gate_up.shape[1] // 2
     if not _fits(gate_up, num_cols):
         from qspec_llm.kernels.triton import swiglu
 
-        return swiglu.silu_mul(gate_up, activation)
+        return swiglu.silu_mul(gate_up, view)
     out: Tensor | Quantized
-    if activation is None:
+    if view is None:
         out = torch.empty((num_rows, num_cols), dtype=gate_up.dtype, device=gate_up.device)
     else:
-        out = Quantized.empty(num_rows, num_cols, activation, gate_up.device)
+        out = Quantized.empty(num_rows, num_cols, view, gate_up.device)
     function = kernel(
         "rows.cu",
         "silu_mul",
@@ -116,8 +116,8 @@ def silu_mul(gate_up: Tensor, activation: Activation | None = None) -> Tensor | 
 
 def _form(out: Tensor | Quantized, num_cols: int) -> dict[str, int]:
     """Macros that say how the result is quantised."""
-    activation = out.activation if isinstance(out, Quantized) else None
-    group, top = group_and_top(num_cols, activation)
+    view = out.view if isinstance(out, Quantized) else None
+    group, top = group_and_top(num_cols, view)
     return {"QUANT_GROUP": group, "TOP": top}
 
 

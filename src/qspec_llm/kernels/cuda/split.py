@@ -53,7 +53,7 @@ class Tuning:
     piece: int = 4
 
 
-LEAST_BUSY = 0.85  # of the warps' time, below which the other instance is better
+LEAST_BUSY = 0.8  # of the warps' time, below which the other instance is better
 
 
 def instances(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
@@ -63,17 +63,31 @@ def instances(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
         form: of the weights.
         token_tiles: tiles of 8 rows of x.
     """
+    if form.bits == 4 and token_tiles == 1:
+        few = Tuning(rows=1, depth=2, lead=2, teams=2, split=1)
+        return replace(few, rows=2) if form.act == 8 else replace(few, rows=2, depth=1, lead=1), few
+    return _of_drafts(form, token_tiles) if form.act == 8 else _of_targets(form, token_tiles)
+
+
+def _of_drafts(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
     is_light = form.bits == 4
-    depth = 2 if is_light and token_tiles <= 3 else 1
-    is_whole = token_tiles <= (4 if form.act == 8 else 3)  # x has room in one block
-    if form.act == 8 and not is_whole:
-        usual = Tuning(rows=2, depth=1, teams=2, split=2)
-        return usual, replace(usual, teams=3) if token_tiles <= 5 else replace(usual, rows=1)
-    usual = Tuning(rows=1, depth=1, teams=4, split=2)
-    if is_whole:
+    is_lean = (
+        is_light and form.act_group == TILE_COLS
+    )  # few scales need few registers, and little room
+    if token_tiles <= (6 if is_lean else 4):  # x has room in one block
+        depth = 2 if is_light and token_tiles <= (4 if is_lean else 3) else 1
         usual = Tuning(rows=1, depth=depth, lead=depth, teams=2, split=1)
-    if is_light and token_tiles == 1:
-        return replace(usual, teams=3), usual
+        return usual, Tuning(rows=2 if is_light else 1, depth=1, teams=3, split=2)
+    usual = Tuning(rows=2, depth=1, teams=2, split=2)
+    return usual, replace(usual, teams=3) if token_tiles <= 5 else replace(usual, rows=1, teams=3)
+
+
+def _of_targets(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
+    is_light = form.bits == 4
+    usual = Tuning(rows=1, depth=1, teams=4, split=2)
+    if token_tiles <= 3:  # x has room in one block
+        depth = 2 if is_light else 1
+        usual = Tuning(rows=1, depth=depth, lead=depth, teams=2, split=1)
     rows = 2 if is_light and token_tiles <= 4 else 1
     return usual, Tuning(rows=rows, depth=1, teams=3, split=2)
 

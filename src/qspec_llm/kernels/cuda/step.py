@@ -68,7 +68,6 @@ class _WholeStep:
     ) -> Tensor:
         """What `Decoder.forward` returns, for tensors on the GPU."""
         decoder, eps = self._decoder, self._decoder.config.norm_eps
-        form = view.activation if view.is_draft else None
         x = embed(tokens, decoder.embedding, decoder.dtype)
         x, delta = self._layers(x, rows, kv, view)
         if logit_rows is not None:
@@ -76,7 +75,7 @@ class _WholeStep:
                 return x.new_zeros(0, decoder.config.vocab_size, dtype=torch.float32)
             x = x[logit_rows]
             delta = None if delta is None else delta[logit_rows]
-        _, hidden = add_rms_norm(x, delta, decoder.final_norm, eps, self._form(decoder.head, form))
+        _, hidden = add_rms_norm(x, delta, decoder.final_norm, eps, self._form(decoder.head, view))
         return self._linear(hidden, decoder.head, view, rows, torch.float32)
 
     def _layers(
@@ -145,24 +144,23 @@ class _WholeStep:
     ) -> tuple[Tensor, Tensor | None]:
         """The layers, kernel by kernel."""
         decoder, eps = self._decoder, self._decoder.config.norm_eps
-        form = view.activation if view.is_draft else None
         delta = None
         for layer, layer_kv in zip(decoder.layers, kv, strict=True):
-            x, hidden = add_rms_norm(x, delta, layer.input_norm, eps, self._form(layer.qkv, form))
+            x, hidden = add_rms_norm(x, delta, layer.input_norm, eps, self._form(layer.qkv, view))
             qkv = self._linear(hidden, layer.qkv, view, rows)
-            attended = self._attend(qkv, layer, layer_kv, rows, self._form(layer.output, form))
+            attended = self._attend(qkv, layer, layer_kv, rows, self._form(layer.output, view))
             delta = self._linear(attended, layer.output, view, rows)
             post_norm = layer.post_attention_norm
-            x, hidden = add_rms_norm(x, delta, post_norm, eps, self._form(layer.gate_up, form))
+            x, hidden = add_rms_norm(x, delta, post_norm, eps, self._form(layer.gate_up, view))
             gate_up = self._linear(hidden, layer.gate_up, view, rows)
-            inner = silu_mul(gate_up, self._form(layer.down, form))
+            inner = silu_mul(gate_up, self._form(layer.down, view))
             delta = self._linear(inner, layer.down, view, rows)
         return x, delta
 
-    def _form(self, layer: Any, form: Activation | None) -> Activation | None:
+    def _form(self, layer: Any, view: View) -> View | None:
         """How to quantise the input of a linear: not at all if one of its parts is dense."""
         takes = all(takes_quantized(weight, self._decoder.dtype) for weight, _ in layer.parts)
-        return form if takes and form is not Activation.A16 else None
+        return view if takes and view.activation is not Activation.A16 else None
 
     def _linear(
         self,
@@ -177,7 +175,7 @@ class _WholeStep:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _attend(
-        self, qkv: Tensor, layer: Any, kv: LayerKV, rows: Rows, form: Activation | None
+        self, qkv: Tensor, layer: Any, kv: LayerKV, rows: Rows, form: View | None
     ) -> Tensor | Quantized:
         """q, k, v [R, (heads + 2 KV heads) D] to the attention's rows [R, heads D]."""
         decoder = self._decoder

@@ -1,7 +1,7 @@
 // Vectors of 8 columns of a row, as bf16 in 16 bytes or in registers: their quantisation, and what RMSNorm and
 // SwiGLU compute of them.
 //
-// Defines wanted: QUANT_GROUP 0 (a result stays bf16), 32 or 64: columns that share a scale; TOP
+// Defines wanted: QUANT_GROUP 0 (a result stays bf16), 32, 64 or 128: columns that share a scale; TOP
 // (quantize.cuh).
 
 #pragma once

@@ -58,8 +58,7 @@ DEVICE float row_shift(const Lane& l, const Raw& raw, int group, int upper) {
 #if ACT == 8
 #define SUB_NT (NT == 6 ? 6 : 4)                  // tiles of 8 tokens in a product
 #define SUBTILES (NT / SUB_NT)
-#define SUBGROUPS (64 / SUBGROUP)                 // of half a tile
-#define PRODUCTS (2 * SUBGROUPS * SUBTILES)       // of a tile
+#define PRODUCTS (TILE_COLS / SUBGROUP * SUBTILES)  // of a tile
 
 // Integer products of a subgroup of columns and 32 or 48 tokens.
 struct IntegerProduct {
@@ -120,8 +119,11 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #endif
 #pragma unroll
   for (int j = 0; j < PRODUCTS + 2; j++) {
-    const int h = j / (PRODUCTS / 2), sub = j / SUBTILES % SUBGROUPS, subtile = j % SUBTILES;
-    if (j < PRODUCTS && j % (PRODUCTS / 2) == 0) {
+    const int column = j / SUBTILES * SUBGROUP, subtile = j % SUBTILES;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      // a half is decoded where its columns begin
+      if (j >= PRODUCTS || subtile || h * 64 < column || h * 64 >= column + SUBGROUP) continue;
       const uint4 w = raw.pieces[h][0];
       signed_bytes_of(a[h][0], raised(w.x), raised(w.y));
       signed_bytes_of(a[h][1], raised(w.z), raised(w.w));
@@ -133,32 +135,33 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       next.load_half(raw, is_there, h);
     }
     if (j >= 2) {
-      const int k = j - 2, column = k / (PRODUCTS / 2) * 64 + k / SUBTILES % SUBGROUPS * SUBGROUP;
+      const int k = j - 2, before = k / SUBTILES * SUBGROUP;
       if (j <= PRODUCTS) wgmma_wait<1>();
       else wgmma_wait<0>();
-      add_product(acc, product[k & 1], l, tile.meta + column / ACT_GROUP * (TOKENS * 8),
-                  k % SUBTILES, scale[column / GROUP], shift[column / GROUP]);
+      add_product(acc, product[k & 1], l, tile.meta + before / ACT_GROUP * (TOKENS * 8),
+                  k % SUBTILES, scale[before / GROUP], shift[before / GROUP]);
     }
     if (j < PRODUCTS) {
 #pragma unroll
-      for (int step = 0; step < SUBGROUP / 32; step++) {
-        settle(a[h][sub * (SUBGROUP / 32) + step]);
+      for (int at = column; at < column + SUBGROUP; at += 32) {
+        settle(a[at / 64][at / 32 % 2]);
 #if BITS == 8
-        settle(fine[h][sub * (SUBGROUP / 32) + step]);
+        settle(fine[at / 64][at / 32 % 2]);
 #endif
       }
       wgmma_begin();
 #pragma unroll
-      for (int step = 0; step < SUBGROUP / 32; step++) {
-        const int at_step = sub * (SUBGROUP / 32) + step;
-        const u32 b = tile.x + (subtile * SUB_NT * 1024 + h * 64 + at_step * 32) / 16;
-        if (step == 0) wgmma_s8<false>(product[j & 1].d, a[h][at_step], b);
-        else wgmma_s8<true>(product[j & 1].d, a[h][at_step], b);
+      for (int at = column; at < column + SUBGROUP; at += 32) {
+        const int h = at / 64, step = at / 32 % 2;
+        const u32 b = tile.x + (subtile * SUB_NT * 1024 + at) / 16;
+        if (at == column) wgmma_s8<false>(product[j & 1].d, a[h][step], b);
+        else wgmma_s8<true>(product[j & 1].d, a[h][step], b);
 #if BITS == 8
-        wgmma_u8s8<true>(product[j & 1].d, fine[h][at_step], b);
+        wgmma_u8s8<true>(product[j & 1].d, fine[h][step], b);
 #endif
 #if NEEDS_ONES
-        wgmma_s8<false>(product[j & 1].ones, one, b);  // a subgroup is one step
+        if (at == column) wgmma_s8<false>(product[j & 1].ones, one, b);
+        else wgmma_s8<true>(product[j & 1].ones, one, b);
 #endif
       }
       wgmma_commit();

@@ -17,7 +17,7 @@ from qspec_llm.kernels import LayerKV, Rows
 from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.triton.launch import next_power, options, start
 from qspec_llm.kernels.triton.quantize import codes_of
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import View
 
 __all__ = ["SPLIT", "attend_decode", "check_counters", "counters", "num_splits_of"]
 
@@ -160,7 +160,7 @@ def attend_decode(
     kv: LayerKV,
     rows: Rows,
     max_context: int,
-    activation: Activation | None = None,
+    view: View | None = None,
 ) -> Tensor | Quantized:
     """Causal attention of a few rows a sequence, scaled by 1/sqrt(D).
 
@@ -169,7 +169,7 @@ def attend_decode(
         kv: the cache of this layer.
         rows: where the rows sit.
         max_context: no sequence has more keys (a larger bound costs only idle programs).
-        activation: how to quantise the result, whose groups must not span heads; None for none.
+        view: how to quantise the result, whose groups must not span heads; None for none.
 
     Returns:
         [R, heads, D] in the dtype of `query`, or the quantised rows [R, heads D].
@@ -180,14 +180,14 @@ def attend_decode(
     check_counters(num_seqs * num_kv)
     parts = torch.empty((2, num_rows, num_heads, max_splits), device=device)
     totals = torch.empty((num_rows, num_heads, max_splits, head_dim), device=device)
-    group, top = group_and_top(num_heads * head_dim, activation)
+    group, top = group_and_top(num_heads * head_dim, view)
     out: Tensor | Quantized
-    if activation is None:
+    if view is None:
         out = torch.empty_like(query)
         targets = (out, out, out, 0)
     else:
         assert head_dim % group == 0, f"groups of {group} span heads of {head_dim}"
-        out = Quantized.empty(num_rows, num_heads * head_dim, activation, device)
+        out = Quantized.empty(num_rows, num_heads * head_dim, view, device)
         targets = (query, out.codes, out.meta, out.meta.shape[1])
     _decode_kernel[(max_splits, num_kv, num_seqs)](
         query, kv.keys, kv.values, *targets, parts[0], parts[1], totals, counters(device),

@@ -13,7 +13,7 @@ from torch import Tensor
 from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.triton.launch import next_power, options, start
 from qspec_llm.kernels.triton.quantize import quantize_columns
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import View
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -59,7 +59,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, activation: Activation | None
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, view: View | None
 ) -> tuple[Tensor, Tensor | Quantized]:
     """The residual stream after `delta` is added, and its norm, quantised where it is asked for.
 
@@ -68,11 +68,11 @@ def add_rms_norm(
         delta: [R, K] to add, or None.
         weight: [K].
         eps: added to the mean square.
-        activation: how to quantise the norm; None leaves it in x's dtype.
+        view: how to quantise the norm; None leaves it in x's dtype.
     """
     total = x if delta is None else torch.empty_like(x)
-    if activation is not None:
-        quantized = Quantized.empty(x.shape[0], x.shape[1], activation, x.device)
+    if view is not None:
+        quantized = Quantized.empty(x.shape[0], x.shape[1], view, x.device)
         _launch(x, delta, total, weight, eps, None, quantized)
         return total, quantized
     out = torch.empty_like(x)
@@ -91,7 +91,7 @@ def _launch(
 ) -> None:
     num_cols, num_rows = x.shape[-1], x.numel() // x.shape[-1]
     block = next_power(num_cols, 64)
-    group, top = group_and_top(num_cols, quantized.activation if quantized is not None else None)
+    group, top = group_and_top(num_cols, quantized.view if quantized is not None else None)
     _rms_norm_kernel[(num_rows,)](
         x, x if delta is None else delta, total, weight, x if out is None else out,
         x if quantized is None else quantized.codes,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.triton.launch import next_power, options, start
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import View
 
 __all__ = ["codes_of", "quantize", "quantize_columns"]
 
@@ -58,11 +58,11 @@ def _quantize_kernel(
     quantize_columns(wide, codes, meta, pitch, row, 0, num_cols, GROUP, TOP, BLOCK)
 
 
-def quantize(x: Tensor, activation: Activation) -> Quantized:
+def quantize(x: Tensor, view: View) -> Quantized:
     """Quantise rows x [R, K]."""
     num_rows, num_cols = x.shape
-    out = Quantized.empty(num_rows, num_cols, activation, x.device)
-    group, top = group_and_top(num_cols, activation)
+    out = Quantized.empty(num_rows, num_cols, view, x.device)
+    group, top = group_and_top(num_cols, view)
     block = next_power(num_cols, 64)
     _quantize_kernel[(num_rows,)](
         x, out.codes, out.meta, out.meta.shape[1], num_cols, x.stride(0),

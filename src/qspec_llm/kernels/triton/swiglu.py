@@ -8,7 +8,7 @@ from torch import Tensor
 from qspec_llm.kernels.cuda.activations import Quantized, group_and_top
 from qspec_llm.kernels.triton.launch import next_power, options, start
 from qspec_llm.kernels.triton.quantize import quantize_columns
-from qspec_llm.weights.view import Activation
+from qspec_llm.weights.view import View
 
 __all__ = ["silu_mul"]
 
@@ -37,17 +37,17 @@ def _silu_mul_kernel(
         tl.store(out + row * num_cols + col, rounded, is_in)
 
 
-def silu_mul(gate_up: Tensor, activation: Activation | None = None) -> Tensor | Quantized:
-    """silu(gate) * up for gate_up [R, 2 I]: [R, I], quantised where `activation` says how."""
+def silu_mul(gate_up: Tensor, view: View | None = None) -> Tensor | Quantized:
+    """silu(gate) * up for gate_up [R, 2 I]: [R, I], quantised where `view` says how."""
     num_rows, num_cols = gate_up.shape[0], gate_up.shape[1] // 2
     block = min(BLOCK_COLS, next_power(num_cols, 64))
-    group, top = group_and_top(num_cols, activation)
+    group, top = group_and_top(num_cols, view)
     out: Tensor | Quantized
-    if activation is None:
+    if view is None:
         out = torch.empty((num_rows, num_cols), dtype=gate_up.dtype, device=gate_up.device)
         targets = (out, out, out, 0)
     else:
-        out = Quantized.empty(num_rows, num_cols, activation, gate_up.device)
+        out = Quantized.empty(num_rows, num_cols, view, gate_up.device)
         targets = (gate_up, out.codes, out.meta, out.meta.shape[1])
     _silu_mul_kernel[(-(-num_cols // block), num_rows)](
         gate_up, *targets, num_cols, GROUP=group, TOP=top, BLOCK=block, **options(4)
