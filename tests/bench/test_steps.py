@@ -115,8 +115,8 @@ def other(script, ready):
         return turns.compare(ready, one, rounds=3)
 
 
-def says(ready, *, bits, seconds):
-    first = {"cases": turns._names(ready.cases), "bits": bits}
+def says(ready, *, bits, seconds, cases=None):
+    first = {"cases": cases or turns._names(ready.cases), "bits": bits}
     return (
         f"print('''{json.dumps(first)}''', flush=True)\nwhile input(): print({seconds}, flush=True)"
     )
@@ -136,6 +136,19 @@ def test_medians_ratios_and_bits(ready, monkeypatch):
     for one in found.values():
         assert (one.seconds, one.other_seconds, one.ratio) == (2.0, 4.0, 0.5)
         assert one.aa_ratio == 3.0
+
+
+def test_another_version_may_know_less_of_a_view_but_not_of_a_step(ready):
+    older = turns._names(ready.cases)
+    for case in older:
+        del case["view"]["group"]
+    script = says(ready, bits=ready.bits(), seconds=[1.0] * len(older), cases=older)
+    ends = "import contextlib\nwith contextlib.suppress(EOFError):\n exec({script!r})"
+    assert all(one.has_same_bits for one in other(ends.format(script=script), ready).values())
+    del older[0]["rows"]
+    script = says(ready, bits=ready.bits(), seconds=[1.0], cases=older)
+    with pytest.raises(QSpecError, match="measures other steps"):
+        other(script, ready)
 
 
 @pytest.mark.parametrize(
