@@ -386,7 +386,7 @@ def test_it_compiles(num_keys: int, compiled: Compile) -> None:
         macros = {**form.defines(), **sizes, **laid.defines(), "TOP": top}
         cubin = compiled("persistent.cu", "sm_90a", macros)
         # registers that do not fit go to memory, past a cache without room: a step a fifth slower
-        assert max(frame_sizes(cubin)) <= 32
+        assert max(frame_sizes(cubin)) == 0, name
 
 
 @pytest.mark.parametrize("ratio", [1, 5, 16])

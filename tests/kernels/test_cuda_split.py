@@ -13,7 +13,7 @@ from helpers_weights import FORMS
 from qspec_llm.kernels.cuda import direct, layout, split
 from qspec_llm.kernels.cuda.form import Form
 from qspec_llm.kernels.cuda.split import Tuning
-from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
+from qspec_llm.weights.view import VERIFY, View
 
 gpu = pytest.mark.gpu
 TOLERANCE = 2e-5  # of float32 sums: tensor cores keep a few bits less than float32
@@ -45,7 +45,7 @@ def test_rows_are_those_of_the_direct_kernel(form: str, view: str, num_tokens: i
 
 @gpu
 @pytest.mark.parametrize("num_tokens", [8, 9, 16, 24, 25, 32, 33])
-@pytest.mark.parametrize("view", ["verify", "a8"])
+@pytest.mark.parametrize("view", ["verify", "a8", "a8 g128"])
 @pytest.mark.parametrize("form", ["signed16", "signed8", "affine4", "affine4_offset"])
 def test_products_of_every_width(form: str, view: str, num_tokens: int) -> None:
     check_against_direct(form, VIEWS[view], num_tokens)
@@ -68,7 +68,7 @@ def test_the_instance_changes_no_bit(form: str, chosen: Tuning) -> None:
     for num_tokens, num_cols in ((8, 4096), (31, 4096), (24, 6144)):
         packed = layout.pack(random_stored(form, 4224, num_cols, 128))
         x = fresh(num_tokens, num_cols)
-        for view in (VERIFY, draft_view(Activation.A8)):
+        for view in (VERIFY, VIEWS["a8"], VIEWS["a8 g128"]):
             usual, other = poisoned(num_tokens, 4224), poisoned(num_tokens, 4224)
             one = product(x, packed, view, usual)
             if split.cut(one.form, chosen, math.ceil(num_tokens / 8), num_cols // 128) is None:
@@ -77,14 +77,21 @@ def test_the_instance_changes_no_bit(form: str, chosen: Tuning) -> None:
             split.multiply(replace(one, out=other), chosen)
             assert_same_bits(other, usual)
             runs += 1
-    assert runs >= 4
+    assert runs >= 6
 
 
 @gpu
 @pytest.mark.parametrize("num_tokens", [41, 48, 56, 64])
+@pytest.mark.parametrize("view", ["a8", "a8 g128"])
 @pytest.mark.parametrize("form", ["signed16", "signed8", "affine4"])
-def test_drafts_of_more_rows(form: str, num_tokens: int) -> None:
-    check_against_direct(form, VIEWS["a8"], num_tokens)
+def test_drafts_of_more_rows(form: str, view: str, num_tokens: int) -> None:
+    check_against_direct(form, VIEWS[view], num_tokens)
+
+
+@gpu
+@pytest.mark.parametrize("num_tokens", [41, 48])
+def test_exact_weights_of_more_rows(num_tokens: int) -> None:
+    check_against_direct("signed16", VERIFY, num_tokens)
 
 
 @gpu
@@ -126,7 +133,7 @@ def test_clusters_in_a_chain_of_dependent_launches() -> None:
             assert_same_bits(out, plain)
 
 
-@pytest.mark.parametrize("token_tiles", range(1, 1 + split.MAX_SMALL // 8))
+@pytest.mark.parametrize("token_tiles", range(1, 1 + split.MAX_TOKENS // 8))
 @pytest.mark.parametrize("act", [8, 16])
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
 def test_x_has_room_in_shared_memory(bits: int, act: int, token_tiles: int) -> None:

@@ -188,6 +188,7 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
         ("signed8", "verify", 32, split.Tuning(rows=1, depth=1, teams=1, split=2), 9),
         ("signed16", "a8", 128, split.Tuning(rows=1, depth=1, teams=2, split=1, piece=1), 8),
         ("signed16", "a8", 128, split.Tuning(rows=2, depth=1, teams=2, split=2), 63),
+        ("signed16", "verify", 128, split.Tuning(rows=1, depth=1, teams=4, split=2), 47),
         ("signed16", "a8 g128", 128, split.Tuning(rows=2, depth=1, teams=2, split=2), 63),
         ("signed8", "a8 g128", 128, split.Tuning(rows=1, depth=2, teams=2, split=1, lead=2), 31),
     ],

@@ -24,10 +24,7 @@ __all__ = [
 ]
 
 LEAST_TOKENS = 2  # one is faster in direct.cu
-MAX_TOKENS, MAX_SMALL = (
-    40,
-    64,
-)  # of bf16, and of int8 and 4 bits; beyond, wide.cu reads x less often
+MAX_TOKENS = 64  # of any form; beyond its own, wide.cu reads x less often
 SMEM = 227 << 10  # of a block
 LEAST_SLOTS = 3  # of a ring, of which one waits for its last reader
 
@@ -222,9 +219,10 @@ def _threads(chosen: Tuning) -> int:
 
 
 def most_tokens(form: Form) -> int:
-    """Rows of x for which there is room and registers enough."""
-    is_small = form.act == 8 and form.bits == 4 and not (form.has_offset or form.has_middle)
-    return MAX_SMALL if is_small else MAX_TOKENS
+    """Rows of x up to which this is faster than wide.cu; there is room and registers enough."""
+    if form.act == 8 and form.bits == 4 and not (form.has_offset or form.has_middle):
+        return MAX_TOKENS
+    return 48 if form.act == 16 and form.bits == 16 else 40
 
 
 def can_run(form: Form, num_tokens: int, device: int) -> bool:
