@@ -268,11 +268,7 @@ DEVICE void multiply(Accumulators& acc, Progress& at, const Problem& p, const Ri
       wgmma_wait<1>();  // the products that read a[pair % 2] are done, and those before
       if (pair % 2 && (pair == 3 || tile > 0)) release_x(r.x_empty + before * 8, lane);
       decode_pair(a[pair % 2], raw, pair % 2);
-      if (pair == 1) {
-        load(1);  // on its way while these products are issued
-        __syncwarp();
-        if (lane == 0) barrier_arrive(r.w_empty + at.w.index * 8);
-      }
+      if (pair == 1) load(1);  // on its way while these products are issued
       if (pair % 2 == 0) barrier_wait_whole(r.x_full + at.x.index * 8, at.x.parity);
       const u32 b = x_descriptor(r.x + at.x.index * X_BYTES);
       wgmma_begin();
@@ -284,6 +280,9 @@ DEVICE void multiply(Accumulators& acc, Progress& at, const Problem& p, const Ri
         at.x.advance(p.num_x);
       }
     }
+    // products that have been issued have their operands: all of the slot has been read
+    __syncwarp();
+    if (lane == 0) barrier_arrive(r.w_empty + at.w.index * 8);
     at.w.advance(p.num_w);
   }
   wgmma_wait<0>();
