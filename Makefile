@@ -2,7 +2,7 @@
 # make test    format, lint, types and every test but the soak tests
 # make soak    the slow tests, some twenty minutes
 # make load    those of them that put the engine and the server under load, some minutes
-# make sanitize  kernel tests under the address and undefined-behaviour sanitizers
+# make sanitize  kernel tests under the address and undefined-behaviour sanitizers, those of emulated GPU kernels under the former
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -44,6 +44,9 @@ sanitize: .venv/.installed
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 \
+	  QSPEC_EMULATED_OPTIONS=-fsanitize=address $(BIN)/python -m pytest -q -p no:cacheprovider \
+	  tests/kernels/test_emulated.py tests/kernels/test_emulated_wide.py
 
 format: .venv/.installed
 	$(BIN)/ruff format src tests

@@ -246,12 +246,16 @@ TINY = ModelConfig(
 
 
 def tiny_decoder(
-    target: Target, seed: int = 0, backend: str = "reference", **changes: object
+    target: Target,
+    seed: int = 0,
+    backend: str = "reference",
+    group: int = 32,
+    **changes: object,
 ) -> Decoder:
     """A random two-layer Llama, nested for a target."""
     config = replace(TINY, **changes)  # type: ignore[arg-type]
     checkpoint = RandomCheckpoint(config, seed)
-    recipe = Recipe(target, group=32)
+    recipe = Recipe(target, group=group)
     return load_decoder(
         checkpoint, config, recipe, get_backend(backend), num_positions=config.context_length
     )

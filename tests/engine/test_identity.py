@@ -81,6 +81,22 @@ def test_speculation_changes_nothing_in_a_changed_model(change, backend_name, dr
     assert same_bits(plain.logits[0][:2], unchanged.logits[0]) is ("outliers" in change)
 
 
+@pytest.mark.parametrize(
+    ("target", "num_shared"), [(Target.BF16, 128), (Target.INT8, 128), (Target.INT4, 64)]
+)
+def test_speculation_changes_nothing_in_larger_groups(target, num_shared, backend):
+    """A scale for 128 activations where weights have groups of 128 and are not the draft's own."""
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_heads": 2, "num_kv_heads": 1}
+    decoder = tiny_decoder(target, backend=backend, group=128, head_dim=128, **sizes)
+    assert decoder.draft_group == num_shared
+    prompts = ragged_prompts(8, VOCABULARY)
+    plain = run_model(decoder, prompts, greedy(NUM_TOKENS))
+    for gamma in (1, 4):
+        for batch in (1, 3, 8):
+            run = run_model(decoder, prompts[:batch], greedy(NUM_TOKENS), gamma=gamma)
+            assert_identical(run, first(plain, batch))
+
+
 @pytest.mark.parametrize("target", Target)
 def test_the_matrix_above_meets_accepted_and_rejected_drafts(target, decoders):
     prompts = ragged_prompts(8, VOCABULARY)

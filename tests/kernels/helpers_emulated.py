@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,10 @@ from torch import Tensor
 from qspec_llm.kernels.cuda.compile import SOURCES, addresses, arguments
 
 EMULATED = Path(__file__).parent / "emulated"  # its ptx.cuh stands for that of the kernels
-OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC", "-pthread")
+OPTIONS = (
+    *("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC", "-pthread"),
+    *os.environ.get("QSPEC_EMULATED_OPTIONS", "").split(),  # as `make sanitize` wants them
+)
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];")
 
 

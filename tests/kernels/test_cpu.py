@@ -316,25 +316,26 @@ def tiny_decoder(
             parts.append((ops.pack(stored), gaussian(size, seed=next(seed))))
         return Linear(tuple(parts))
 
-    query, kv, inner = config.query_size, config.kv_size, config.intermediate_size
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, kv = config.query_size, config.kv_size
     layers = tuple(
         Layer(
-            input_norm=vector(96),
-            qkv=linear(query, kv, kv, num_cols=96),
-            output=linear(96, num_cols=query),
-            post_attention_norm=vector(96),
-            gate_up=linear(inner, inner, num_cols=96),
-            down=linear(96, num_cols=inner),
+            input_norm=vector(hidden),
+            qkv=linear(query, kv, kv, num_cols=hidden),
+            output=linear(hidden, num_cols=query),
+            post_attention_norm=vector(hidden),
+            gate_up=linear(inner, inner, num_cols=hidden),
+            down=linear(hidden, num_cols=inner),
             q_norm=vector(16),
             k_norm=vector(16),
         )
         for _ in range(2)
     )
-    embedding = ops.pack(random_stored("signed8", 50, 96))
+    embedding = ops.pack(random_stored("signed8", 50, hidden))
     cos, sin = rope_table(config, 512)
-    head = linear(50, num_cols=96)
+    head = linear(50, num_cols=hidden)
     return Decoder(
-        config, ops, dtype, embedding, layers, vector(96), head, cos, sin, stored_bytes=0
+        config, ops, dtype, embedding, layers, vector(hidden), head, cos, sin, stored_bytes=0
     )
 
 
@@ -346,16 +347,27 @@ def without_whole_step() -> SimpleNamespace:
 
 @pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("form", "view"), [("signed16", "verify"), ("affine4", "a8")])
+@pytest.mark.parametrize(
+    ("form", "view", "sizes"),
+    [
+        ("signed16", "verify", {}),
+        ("affine4", "a8", {}),
+        ("signed16", "a8 g128", {"hidden_size": 384, "intermediate_size": 448}),
+    ],
+)
 def test_whole_step_equals_the_operations_one_by_one(
-    form: str, view: str, dtype: torch.dtype, is_fused: bool, isa: str
+    form: str,
+    view: str,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    is_fused: bool,
+    isa: str,
 ) -> None:
-    slow, slow_kv = run_passes(
-        tiny_decoder(without_whole_step(), dtype, form, is_fused=is_fused), view, 300
-    )
+    made = {"is_fused": is_fused, **sizes}
+    slow, slow_kv = run_passes(tiny_decoder(without_whole_step(), dtype, form, **made), view, 300)
     for count in (1, 2, 3):
         cpu.set_num_threads(count)
-        fast, fast_kv = run_passes(tiny_decoder(cpu, dtype, form, is_fused=is_fused), view, 300)
+        fast, fast_kv = run_passes(tiny_decoder(cpu, dtype, form, **made), view, 300)
         for ours, theirs in zip(fast, slow, strict=True):
             assert_same_bits(ours, theirs)
         for ours, theirs in zip(fast_kv, slow_kv, strict=True):

@@ -21,10 +21,10 @@ from qspec_llm.kv.blocks import BLOCK_SIZE
 from qspec_llm.kv.pool import allocate
 from qspec_llm.model.config import read_config
 from qspec_llm.model.decoder import Decoder
-from qspec_llm.model.load import expected_shapes, load_decoder, stored_tensors
+from qspec_llm.model.load import draft_group, expected_shapes, load_decoder, stored_tensors
 from qspec_llm.weights import store
 from qspec_llm.weights.checkpoint import Checkpoint, open_checkpoint
-from qspec_llm.weights.planes import Dense, Planes
+from qspec_llm.weights.planes import Dense, Grid, Planes, PlaneSpec
 from qspec_llm.weights.quantize import Recipe, Target
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
@@ -243,6 +243,24 @@ def test_nothing_is_held_twice(tmp_path: Path, kind: str, target: Target) -> Non
     assert ("lm_head.weight" in tensors) is (not config.tied_head)
     for name, stored in tensors.items():
         assert isinstance(stored, Dense if len(expected_shapes(config)[name]) == 1 else Planes)
+
+
+def test_how_many_activations_of_a_draft_share_a_scale() -> None:
+    wide = PlaneSpec(128, 256, group=128, bits=16, grid=Grid.SIGNED)
+    assert draft_group([wide, replace(wide, bits=8)], 128) == 128
+    assert draft_group([wide], 64) == 64  # or a group would lie in two heads
+    assert draft_group([wide, replace(wide, group=64)], 128) == 64
+    assert draft_group([wide, replace(wide, bits=4, grid=Grid.AFFINE)], 128) == 64
+    assert draft_group([], 128) == 64
+
+
+def test_a_draft_is_read_as_its_model_says(tmp_path: Path) -> None:
+    make_model(tmp_path, "llama")
+    decoder = replace(load(tmp_path), draft_group=128)
+    draft = decoder.read_view(draft_view(Activation.A8))
+    assert draft == draft_view(Activation.A8, 128)
+    assert decoder.head_view(draft) == draft
+    assert decoder.read_view(VERIFY) == VERIFY
 
 
 def test_progress_ends_at_the_number_of_tensors(tmp_path: Path) -> None:
