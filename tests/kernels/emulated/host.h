@@ -35,7 +35,7 @@ typedef unsigned long long u64;
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static thread_local  // of a block, which is a thread
 
 using std::max;

@@ -67,7 +67,7 @@ extern "C" __global__ void embed(const long long* tokens, const u8* base, const 
 // Four warps decode a tile each into shared memory, which makes the writes whole lines.
 extern "C" __global__ void __launch_bounds__(128)
     decode(const u8* base, const u8* rest, u8* out, int first, int num_col_tiles) {
-  __shared__ u32 words[4][TILE_ROWS][TILE_COLS / 2 + 4];
+  __shared__ __align__(16) u32 words[4][TILE_ROWS][TILE_COLS / 2 + 4];
   launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int col_tile = blockIdx.x * 4 + warp, row_tile = first + blockIdx.y;
