@@ -61,16 +61,16 @@ def instances(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
         token_tiles: tiles of 8 rows of x.
     """
     if form.bits == 4 and token_tiles == 1:
-        few = Tuning(rows=1, depth=2, lead=2, teams=2, split=1)
-        return replace(few, rows=2) if form.act == 8 else replace(few, rows=2, depth=1, lead=1), few
+        other = Tuning(rows=1, depth=2, lead=2, teams=2, split=1)
+        depth = 2 if form.act == 8 else 1
+        return replace(other, rows=2, depth=depth, lead=depth), other
     return _of_drafts(form, token_tiles) if form.act == 8 else _of_targets(form, token_tiles)
 
 
 def _of_drafts(form: Form, token_tiles: int) -> tuple[Tuning, Tuning]:
     is_light = form.bits == 4
-    is_lean = (
-        is_light and form.act_group == TILE_COLS
-    )  # few scales need few registers, and little room
+    # few scales need few registers, and little room
+    is_lean = is_light and form.act_group == TILE_COLS
     if token_tiles <= (6 if is_lean else 4):  # x has room in one block
         depth = 2 if is_light and token_tiles <= (4 if is_lean else 3) else 1
         usual = Tuning(rows=1, depth=depth, lead=depth, teams=2, split=1)
