@@ -45,7 +45,7 @@ sanitize: .venv/.installed
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(SANITIZED)/bin/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 \
-	  QSPEC_EMULATED_OPTIONS=-fsanitize=address $(BIN)/python -m pytest -q -p no:cacheprovider \
+	  QSPEC_EMULATED_OPTIONS='-fsanitize=address -ftrivial-auto-var-init=pattern' $(BIN)/python -m pytest -q -p no:cacheprovider \
 	  tests/kernels/test_emulated.py tests/kernels/test_emulated_wide.py
 
 format: .venv/.installed

@@ -6,7 +6,9 @@ import weakref
 import pytest
 import torch
 
-pytest.importorskip("qspec_llm.kernels.cpu", exc_type=Exception)
+from qspec_llm.errors import QSpecError
+
+pytest.importorskip("qspec_llm.kernels.cpu", exc_type=QSpecError)
 
 from qspec_llm.kernels.cpu import arena
 

@@ -159,6 +159,7 @@ def product_of(x: Tensor, packed: layout.PackedPlanes, view: View, bias: Tensor 
         ("affine4_f16", "a8", 32, 1440),
         ("affine8", "a4", 32, 224),
         ("affine4_offset", "a8 g128", 64, 640),
+        ("signed8_draft8", "a8 g128", 128, 640),
     ],
 )
 def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_cols: int) -> None:
@@ -445,6 +446,5 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(
             assert_same_bits(one.keys, other.keys)
             assert_same_bits(one.values, other.values)
         if context == 1:
-            whole._rooms[whole._room_of(VIEWS[view])]["counts"][0] = (
-                65533  # stamps soon begin again
-            )
+            # stamps soon begin again
+            whole._rooms[whole._room_of(VIEWS[view])]["counts"][0] = 65533

@@ -104,6 +104,7 @@ def test_sums_that_are_not_there_and_operands_that_are_overwritten(seed: int) ->
         ("signed16", "a8", 64, 64, None),
         ("signed16", "a8 g128", 128, 64, Tuning(groups=2)),
         ("affine4_offset", "a8 g128", 64, 48, None),
+        ("signed8_draft8", "a8 g128", 128, 41, None),
         ("signed8", "verify", 128, 41, Tuning(groups=2)),
         ("affine4_offset", "verify", 32, 64, Tuning(groups=2, stages=3)),
         ("affine8_offset", "a4", 32, 45, Tuning(groups=2, stages=3)),

@@ -251,15 +251,17 @@ def test_how_many_activations_of_a_draft_share_a_scale() -> None:
     assert draft_group([wide], 64) == 64  # or a group would lie in two heads
     assert draft_group([wide, replace(wide, group=64)], 128) == 64
     assert draft_group([wide, replace(wide, bits=4, grid=Grid.AFFINE)], 128) == 64
+    assert draft_group([replace(wide, bits=8, draft_bits=8)], 128) == 64  # the target's own
     assert draft_group([], 128) == 64
 
 
 def test_a_draft_is_read_as_its_model_says(tmp_path: Path) -> None:
     make_model(tmp_path, "llama")
     decoder = replace(load(tmp_path), draft_group=128)
-    draft = decoder.read_view(draft_view(Activation.A8))
-    assert draft == draft_view(Activation.A8, 128)
-    assert decoder.head_view(draft) == draft
+    draft = decoder.read_view(draft_view(Activation.A4))
+    assert draft == draft_view(Activation.A4, 128)
+    config = replace(decoder.config, head_draft=Activation.A8)
+    assert replace(decoder, config=config).head_view(draft) == draft_view(Activation.A8, 128)
     assert decoder.read_view(VERIFY) == VERIFY
 
 

@@ -21,7 +21,7 @@ from qspec_llm.engine.captured import captured
 from qspec_llm.kernels import Rows
 from qspec_llm.kernels.cuda.activations import quantize
 from qspec_llm.kernels.cuda.direct import Tuning
-from qspec_llm.kernels.cuda.layout import PackedMatrix, pack
+from qspec_llm.kernels.cuda.layout import PackedMatrix, PackedPlanes, pack
 from qspec_llm.kernels.cuda.linear import linear, wants_integers
 from qspec_llm.kernels.cuda.tables import read_memory
 from qspec_llm.model.load import draft_group
@@ -31,7 +31,7 @@ from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 __all__ = ["CASES", "Case", "bench", "shapes_of", "show"]
 
 READ_BYTES = 2 << 30
-HEAD_DIM = 128  # of models that are measured so
+HEAD_DIM = 128  # where only [N, K] are known
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def bench(
     """
     linears = shapes_of(shape) if isinstance(shape, str) else shape
     cases = cases or CASES
+    head_dim = SHAPES[shape].head_dim if isinstance(shape, str) else HEAD_DIM
     weights = _weights(linears, {case.target for case in cases.values()}, group, layers)
     memory = torch.ones(READ_BYTES, dtype=torch.uint8, device="cuda")
     results: list[dict[str, Any]] = []
@@ -110,7 +111,7 @@ def bench(
             for names in [list(linears), *parts]:
                 label = name if len(names) == len(linears) else f"{name}: {names[0]}"
                 repeats = 1 if len(names) == len(linears) else 4
-                run = _runner(case, names, linears, weights[case.target], count)
+                run = _runner(case, names, linears, weights[case.target], count, head_dim)
                 graphs[label] = (captured(run, repeats), layers * repeats)
         graphs["read"] = (captured(lambda: read_memory(memory)), 1)
         times = _replay({name: graph for name, (graph, _) in graphs.items()}, rounds)
@@ -170,19 +171,20 @@ def _runner(
     linears: dict[str, tuple[int, int]],
     weights: _Weights,
     count: int,
+    head_dim: int,
 ) -> Callable[[], None]:
     """Calls the linears of every layer once, on activations that lie ready."""
     some = torch.zeros(1, dtype=torch.int64)
     rows = Rows(some, some, some, some, some, is_prompt=False)
-    view, inputs = case.view, dict[str, Any]()
+    specs = [one.spec for one in weights[0].values() if isinstance(one, PackedPlanes)]
+    view = replace(case.view, group=draft_group(specs, head_dim))  # as such a model is read
+    inputs: dict[str, Any] = {}
     outputs: dict[str, Tensor] = {}
     for name in names:
         n, k = linears[name]
         x = torch.randn(count, k, device="cuda").bfloat16()
         one: Any = weights[0][name]
         is_integer = case.target is not None and wants_integers(one, case.view)
-        if is_integer:
-            view = replace(view, group=draft_group([one.spec], HEAD_DIM))
         inputs[name] = quantize(x, view) if is_integer else x
         outputs[name] = torch.empty(count, n, dtype=torch.bfloat16, device="cuda")
     order = [(name, layer[name]) for layer in weights for name in names]

@@ -11,7 +11,7 @@ from torch import Tensor
 from qspec_llm.kernels import Backend, Forward, LayerKV, Packed, Rows
 from qspec_llm.model.config import ModelConfig
 from qspec_llm.model.layers import Layer, Linear, Rotation, decoder_layer, linear
-from qspec_llm.weights.view import ACTIVATION_GROUPS, View
+from qspec_llm.weights.view import USUAL_GROUP, View
 
 __all__ = ["Decoder", "rope_table"]
 
@@ -35,9 +35,7 @@ class Decoder:
     sin: Tensor
     stored_bytes: int  # of the model's tensors, each counted once as it was read
     draft_bytes: int = 0  # of those, what the draft view can read
-    draft_group: int = ACTIVATION_GROUPS[
-        0
-    ]  # of a8 activations: `View.group` of this model's drafts
+    draft_group: int = USUAL_GROUP  # of a8 activations: `View.group` of this model's drafts
 
     def forward(
         self,

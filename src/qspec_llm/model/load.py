@@ -170,8 +170,9 @@ def draft_group(specs: Collection[PlaneSpec], head_dim: int) -> int:
         head_dim: of the model.
     """
     usual, wide = ACTIVATION_GROUPS
-    takes = all(spec.grid is Grid.SIGNED and spec.group == wide for spec in specs)
-    return wide if specs and takes and head_dim % wide == 0 else usual
+    takes = all(spec.group == wide and spec.draft_bits < spec.bits for spec in specs)
+    is_signed = all(spec.grid is Grid.SIGNED for spec in specs)
+    return wide if specs and takes and is_signed and head_dim % wide == 0 else usual
 
 
 class _Reader:

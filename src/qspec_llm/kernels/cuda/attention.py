@@ -39,12 +39,12 @@ def attend(query: Tensor, kv: LayerKV, rows: Rows, view: View | None = None) -> 
     Returns:
         [R, heads, D] in the dtype of `query`, or the quantised rows [R, heads D].
     """
+    view = _fitting(view, query)
     if _fits(query, kv):
         return _attend(query, None, None, kv, None, rows, view)
     from qspec_llm.kernels.triton import attention as by_triton
 
-    form = view if query.shape[2] in HEAD_DIMS else None
-    return by_triton.attend_decode(query, kv, rows, _max_context(kv, rows), form)
+    return by_triton.attend_decode(query, kv, rows, _max_context(kv, rows), view)
 
 
 def rotate_write_attend(
@@ -69,18 +69,23 @@ def rotate_write_attend(
     Returns:
         [R, heads, D] in the dtype of `query`, or the quantised rows [R, heads D].
     """
-    _, num_heads, head_dim = query.shape
-    if view is not None and head_dim % max(PART, view.columns_a_scale(num_heads * head_dim)):
-        view = None
+    view = _fitting(view, query)
     if _fits(query, kv):
         return _attend(query, keys, values, kv, angles, rows, view)
     from qspec_llm.kernels.triton import attention as by_triton
     from qspec_llm.kernels.triton.rope import rotate_and_write
 
     rotated = rotate_and_write(query, keys, values, kv, *angles, rows.positions, rows.slots)
-    if head_dim not in HEAD_DIMS:
-        view = None
     return by_triton.attend_decode(rotated, kv, rows, _max_context(kv, rows), view)
+
+
+def _fitting(view: View | None, query: Tensor) -> View | None:
+    """The view where the kernels can quantise for it: groups of columns lie within heads."""
+    _, num_heads, head_dim = query.shape
+    if view is None or head_dim not in HEAD_DIMS:
+        return None
+    group = view.columns_a_scale(num_heads * head_dim)
+    return None if head_dim % max(PART, group) else view
 
 
 def _fits(query: Tensor, kv: LayerKV) -> bool:

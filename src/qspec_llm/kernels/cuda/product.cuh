@@ -33,7 +33,7 @@
 #define ACT_GROUPS (TILE_COLS / ACT_GROUP)
 #define META_TILE (ACT_GROUPS * META_TOKENS * 8)
 #define SUBGROUP (GROUP < ACT_GROUP ? GROUP : ACT_GROUP)  // columns that share both scales
-#define PART_OF_HALF (SUBGROUP < 64 ? SUBGROUP : 64)     // of a subgroup's columns
+#define PART_OF_HALF (SUBGROUP < 64 ? SUBGROUP : 64)     // columns of a subgroup in one half of a tile
 #else
 #define META_TILE 0
 #endif
@@ -276,6 +276,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
             scales[of_half][r].scale[1] *= 1.f / UPPER;
             if (SIGNED_BYTES) scales[of_half][r].scale[0] *= 1.f / UPPER;
 #if SCALES_MAGIC
+#pragma unroll
             for (int upper = 0; upper < 2; upper++) {
               scales[of_half][r].magic[upper] = __int_as_float(MAGIC_BITS) * scales[of_half][r].scale[upper];
             }
@@ -286,7 +287,7 @@ DEVICE void multiply_tile(Accumulators& acc, const Lane& l, Weights (&w)[RT], co
         int sum[NT][2];
 #pragma unroll
         for (int n = first; n < end; n++) {
-          if (!(BITS == 8 ? starts : ends)) break;
+          if (!ends && !(BITS == 8 && starts)) break;  // 8 bits begin with the sums
 #if ONE_TOKEN
           xs[n][0] = __uint_as_float(metas[act_group].x), xs[n][1] = 0.f;
           sum[n][0] = (int)metas[act_group].y, sum[n][1] = 0;

@@ -219,7 +219,7 @@ def _threads(chosen: Tuning) -> int:
 
 
 def most_tokens(form: Form) -> int:
-    """Rows of x up to which this is faster than wide.cu; there is room and registers enough."""
+    """Rows of x up to which this was measured to be faster than wide.cu."""
     if form.act == 8 and form.bits == 4 and not (form.has_offset or form.has_middle):
         return MAX_TOKENS
     return 48 if form.act == 16 and form.bits == 16 else 40
@@ -234,9 +234,7 @@ def can_run(form: Form, num_tokens: int, device: int) -> bool:
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
     """Compute a product; `chosen` is an instance other than the measured best."""
     num_tokens = product.values.shape[0]
-    assert num_tokens <= most_tokens(product.form), (
-        f"{num_tokens} rows of x are more than a block takes"
-    )
+    assert num_tokens <= most_tokens(product.form), f"{num_tokens} rows of x are for wide.cu"
     row_tiles, col_tiles = product.weight.base.shape[:2]
     token_tiles = math.ceil(num_tokens / 8)
     device = product.out.device.index
