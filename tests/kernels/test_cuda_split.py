@@ -134,10 +134,11 @@ def test_clusters_in_a_chain_of_dependent_launches() -> None:
 
 
 @pytest.mark.parametrize("token_tiles", range(1, 1 + split.MAX_TOKENS // 8))
-@pytest.mark.parametrize("act", [8, 16])
+@pytest.mark.parametrize(("act", "act_group"), [(8, 64), (8, 128), (16, 64)])
 @pytest.mark.parametrize("bits", [0, 4, 8, 16])
-def test_x_has_room_in_shared_memory(bits: int, act: int, token_tiles: int) -> None:
-    form = replace(BITS4, bits=bits, act=act, rest_bytes={8: 1024, 16: 3072}.get(bits, 0))
+def test_x_has_room_in_shared_memory(bits: int, act: int, act_group: int, token_tiles: int) -> None:
+    rest = {8: 1024, 16: 3072}.get(bits, 0)
+    form = replace(BITS4, bits=bits, act=act, act_group=act_group, rest_bytes=rest)
     if token_tiles * 8 > split.most_tokens(form):
         return
     for row_tiles in (6, 256, 384, 1792, 8016):
@@ -170,8 +171,10 @@ def test_it_compiles(compiled: Compile) -> None:
         Form(bits=8, is_signed=False, has_middle=True, base_bytes=1056, rest_bytes=1024),
         Form(bits=16, base_bytes=1056, rest_bytes=3072),
         Form(bits=0),
+        replace(BITS4, act=8, act_group=128),
+        replace(BITS4, act=8, act_group=128),
     ]
-    for form, token_tiles in zip(forms, [1, 2, 3, 4, 5, 4], strict=True):
+    for form, token_tiles in zip(forms, [1, 2, 3, 4, 5, 4, 6, 8], strict=True):
         chosen = split.tuning(form, token_tiles, 256, 132)
         laid = split.cut(form, chosen, token_tiles, 112)
         assert laid is not None

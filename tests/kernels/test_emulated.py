@@ -192,6 +192,7 @@ def test_a_linear_of_any_number_of_rows(form: str, view: str, group: int, num_co
         ("signed16", "verify", 128, split.Tuning(rows=1, depth=1, teams=4, split=2), 47),
         ("signed16", "a8 g128", 128, split.Tuning(rows=2, depth=1, teams=2, split=2), 63),
         ("signed8", "a8 g128", 128, split.Tuning(rows=1, depth=2, teams=2, split=1, lead=2), 31),
+        ("signed16", "a8 g128", 128, split.Tuning(rows=1, depth=1, teams=2, split=1), 45),
     ],
 )
 @pytest.mark.parametrize("room", [227 << 10, 0])
