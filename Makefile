@@ -2,7 +2,7 @@
 # make test    format, lint, types and every test but the soak tests
 # make soak    the slow tests, some twenty minutes
 # make load    those of them that put the engine and the server under load, some minutes
-# make sanitize  kernel tests under the address and undefined-behaviour sanitizers, those of emulated GPU kernels under the former
+# make sanitize  kernel tests under sanitizers, those of emulated GPU kernels among them
 PYTHON ?= python3
 BIN := .venv/bin
 

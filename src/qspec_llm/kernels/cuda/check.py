@@ -81,6 +81,7 @@ def _check_form(spec: PlaneSpec | tuple[int, int], view: View, device: int) -> N
     assert not isinstance(packed, PackedPlain)
     rows, cols = packed.shape
     weight = _weight(stored, view)
+    form = form_of_weight(packed, view)
     for is_prompt in (False, True):
         for count in (PROMPT_COUNT,) if is_prompt else COUNTS:
             generator = torch.Generator().manual_seed(count)
@@ -92,7 +93,6 @@ def _check_form(spec: PlaneSpec | tuple[int, int], view: View, device: int) -> N
             what = f"{name} of {cols} columns, {view.activation}, {count} rows"
             limit = LARGEST_ROUNDED if is_prompt else LARGEST_ERROR
             chosen: tuple[split.Tuning | None, ...] = (None,)
-            form = form_of_weight(packed, view)
             if not is_prompt and split.can_run(form, count, device):
                 chosen = split.instances(form, math.ceil(count / 8))
             for one in chosen:

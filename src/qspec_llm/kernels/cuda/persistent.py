@@ -229,8 +229,9 @@ class Persistent:
             return None
         sizes = self._sizes
         widths = (sizes.hidden, sizes.inner, sizes.heads * sizes.head_dim)
-        groups = {view.columns_a_scale(width) for width in widths}
-        if len(groups) > 1 or sizes.head_dim % groups.pop():
+        # one group for all inputs, within heads: loaded models have it so
+        group = view.columns_a_scale(sizes.hidden)
+        if any(view.columns_a_scale(width) != group for width in widths) or sizes.head_dim % group:
             return None
         num_keys = rows.block_tables.shape[1] * block_size
         multiprocessors = num_multiprocessors(rows.positions.device.index)
