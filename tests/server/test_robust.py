@@ -201,15 +201,26 @@ def test_too_many_waiting_get_a_429(make_llm):
 # The engine's end
 
 
+def held_until_there_are(number, engine):
+    """The engine's `advance`, which does nothing until it has had that many requests at once."""
+    advance, is_held = engine.advance, True
+
+    def held():
+        nonlocal is_held
+        is_held &= len(engine.scheduler.waiting) + len(engine.scheduler.running) < number
+        return [] if is_held else advance()
+
+    return held
+
+
 def test_a_crash_of_the_engine_fails_what_runs_and_is_seen(make_llm):
     llm = make_llm(max_tokens_in_kv=1024)
     with running(llm) as server:
-        step, num_steps = llm.engine.advance, 0
+        step = held_until_there_are(2, llm.engine)
 
         def fail_later():
-            nonlocal num_steps
-            num_steps += 1
-            if num_steps > 20:
+            running = llm.engine.scheduler.running
+            if running and all(len(request.output) > 20 for request in running):
                 raise RuntimeError("the kernels are on fire")
             return step()
 
@@ -274,16 +285,24 @@ def stream_from(process, max_tokens, lines):
     url = f"{process.url}/v1/completions"
     try:
         with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
-            lines.extend(response.iter_lines())
+            for line in response.iter_lines():
+                lines.append(line)  # at once: tests wait for the first
     except httpx.TransportError as error:
         lines.append(repr(error))
+
+
+def wait_for_one_of(lines):
+    deadline = time.monotonic() + 20
+    while not lines:
+        assert time.monotonic() < deadline, "no answer began"
+        time.sleep(0.005)
 
 
 def test_sigterm_drains(process):
     lines: list[str] = []
     thread = threading.Thread(target=stream_from, args=(process, 900, lines))
     thread.start()
-    time.sleep(0.5)
+    wait_for_one_of(lines)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     with pytest.raises(httpx.TransportError):
@@ -298,7 +317,7 @@ def test_a_second_signal_stops_at_once(process):
     threads = [threading.Thread(target=stream_from, args=(process, 1000, lines)) for _ in range(12)]
     for thread in threads:
         thread.start()
-    time.sleep(0.4)
+    wait_for_one_of(lines)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -333,9 +352,15 @@ def test_acceptance_below_what_pays_is_a_warning(make_llm, caplog, monkeypatch):
 # Under load
 
 
-def test_short_steps_of_many_answers_share_their_chunks(server, offline):
+def test_short_steps_of_many_answers_share_their_chunks(server, offline, monkeypatch):
     """Many streams: a chunk carries some steps' tokens. One stream: a chunk a step."""
     from qspec_llm import SamplingParams
+    from qspec_llm.server import worker
+
+    # every step here is short beside such chunks, however slow the machine
+    monkeypatch.setattr(worker, "CHUNK_SECONDS", 1.0)
+    monkeypatch.setattr(worker, "LONGEST_WAIT", 1.0)
+    monkeypatch.setattr(server.llm.engine, "advance", held_until_there_are(8, server.llm.engine))
 
     def ask(index):
         body = {"prompt": f"stream {index}", "max_tokens": 300, "ignore_eos": True, "stream": True}
