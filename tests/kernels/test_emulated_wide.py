@@ -100,6 +100,11 @@ def test_sums_that_are_not_there_and_operands_that_are_overwritten(seed: int) ->
     ("form", "view", "group", "num_tokens", "chosen"),
     [
         ("signed16", "verify", 128, 100, Tuning(groups=2, stages=3)),
+        ("signed16", "verify", 128, 100, Tuning(groups=2, stages=3, ahead=2)),
+        ("signed16", "verify", 64, 64, Tuning(groups=4, ahead=1)),
+        ("affine4_offset", "verify", 128, 64, Tuning(groups=2, ahead=1)),
+        ("affine8_offset", "a4", 32, 45, Tuning(groups=2, ahead=2)),
+        ("bfloat16", "verify", 128, 128, Tuning(groups=2, stages=3, ahead=1)),
         ("signed16", "verify", 32, 45, None),
         ("signed16", "a8", 64, 64, None),
         ("signed16", "a8 g128", 128, 64, Tuning(groups=2)),
@@ -130,10 +135,13 @@ def test_rows_are_those_of_the_direct_kernel(
 
 
 @pytest.mark.parametrize(
-    ("form", "num_tokens"),
-    [("signed16", 100), ("signed8", 41), ("signed8", 90)],  # in one block, and in two
+    ("form", "num_tokens", "ahead"),
+    # in one block, and in two
+    [("signed16", 100, 0), ("signed8", 41, 0), ("signed8", 90, 1), ("signed16", 100, 2)],
 )
-def test_the_cut_changes_no_bit(form: str, num_tokens: int, workspace: Workspace) -> None:
+def test_the_cut_changes_no_bit(
+    form: str, num_tokens: int, ahead: int, workspace: Workspace
+) -> None:
     """Launches that follow each other through one workspace.
 
     Units of a thread block: one range, parts of one or two blocks of rows, whole blocks of rows, so
@@ -147,7 +155,8 @@ def test_the_cut_changes_no_bit(form: str, num_tokens: int, workspace: Workspace
         for units in cuts:
             other = replace(product, out=torch.full_like(product.out, torch.nan))
             tiles = 16 if form == "signed16" else 6
-            wide.multiply(other, Tuning(groups=2, units=units, tiles=tiles, stages=4))
+            cut = Tuning(groups=2, units=units, tiles=tiles, stages=4, ahead=ahead)
+            wide.multiply(other, cut)
             assert_same_bits(other.out, product.out)
     _, arrivals, flags = workspace
     assert not (arrivals % wide.RANGES).any()

@@ -130,15 +130,22 @@ DEVICE void prefetch_line(const void*) {}
 DEVICE u32 computed_once(u32 value) { return value; }
 
 // Arrives now, or not before it is waited for.
-DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
-  u8* const there = shared_at(to, 16);
-  const uint4 value = is_inside ? *(const uint4*)from : uint4{};
+template <class T>
+inline void copy_later(u32 to, const T& value) {
+  u8* const there = shared_at(to, sizeof value);
   const auto copy = [=]() { memcpy(there, &value, sizeof value); };
   if (this_emulated_block->draw() % 2) copy();
   else this_fiber->copies.push_back(copy);
 }
 
+DEVICE void copy_or_zero(u32 to, const void* from, bool is_inside) {
+  copy_later(to, is_inside ? *(const uint4*)from : uint4{});
+}
 DEVICE void copy16(u32 to, const void* from) { copy_or_zero(to, from, true); }
+DEVICE void copy4(u32 to, const void* from) {
+  if ((size_t)from % 4) fail("a copy from an address that is not aligned");
+  copy_later(to, *(const u32*)from);
+}
 
 DEVICE void copy_commit() {
   this_fiber->groups.push_back(std::move(this_fiber->copies));

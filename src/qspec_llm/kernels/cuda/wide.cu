@@ -19,6 +19,7 @@
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
 //   NT    tiles of 8 tokens: 4, 5, 6, 8, 10, 12, 16 or 20; of int8 x 4, 6, 8, 12 or 16
 //   WGS   warpgroups         RANGES ranges of columns
+//   AHEAD tiles of each warp's weights in shared memory, 0, 1 or 2, before they come to registers
 
 #include "wide_products.cuh"
 #include "wide_sums.cuh"
@@ -104,7 +105,8 @@ struct Turn {
 struct Progress {
   int due;        // the tile at which it is its turn to fetch x
   int wrap;       // at which the ring of x starts again
-  int switch_at;  // whose next weights are those of another share
+  int switch_at;  // at which the next weights are those of another share
+  int next_block;  // whose weights those are
   int range_end;  // with which another range begins
   int range;
   Share share;
@@ -125,6 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   ring.full = computed_once(smem_address(barriers));
   ring.empty = ring.full + MAX_STAGES * 8;
   const u32 totals = ring.meta + p.num_stages * META_BYTES + threadIdx.x * 16;
+#if AHEAD
+  const u32 kept = ring.meta + p.num_stages * META_BYTES + THREADS * NT * 16;
+#endif
 
   Raw raw = {};
   Share share;
@@ -133,13 +138,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     share = share_of(begin, end, (end - 1) / RANGES);
   }
   const int row_tile = share.block * WARPS + l.warp;
-  Stream next(p, l, row_tile, range_start(p, share.first));
+  Stream next;
+  next.seek(p, l, row_tile, range_start(p, share.first));
   // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
   bool is_there = row_tile < p.num_row_tiles;
+  int left = range_start(p, share.last) - range_start(p, share.first) - 1;  // tiles of next's share behind it
+  int next_block = share.block;
   // the first weights are on their way before anything else happens
+#if AHEAD
+  next.room = kept + (l.warp * AHEAD * KEPT_BYTES + l.lane * 16);
+  next.rooms = 2 * next.room + KEPT_BYTES;
+#pragma unroll
+  for (int ahead = 0; ahead < AHEAD; ahead++) {
+    next.send_half(next.room, is_there, 0);
+    next.send_half(next.room, is_there, 1);
+    if (left == 0) {
+      const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
+      is_there = next_block > begin / RANGES;
+      if (is_there) {
+        const Share other = share_of(begin, end, --next_block);
+        left = range_start(p, other.last) - range_start(p, other.first);
+        next.seek(p, l, next_block * WARPS + l.warp, range_start(p, other.first) - 1);
+      }
+    }
+    next.skip(), left--;
+  }
+#else
   next.load_scales(raw, is_there);
-  next.load_half(raw, is_there, 0);
-  next.load_half(raw, is_there, 1);
+  next.load_half(raw, l, is_there, 0);
+  next.load_half(raw, l, is_there, 1);
+#endif
   if (l.warp == 0) {
     for (int i = l.lane; i < p.num_stages; i += 32) {
       barrier_init(ring.full + i * 8, 1);
@@ -163,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, seldom, l.lane);
     if (l.lane == 0) {
       turns[l.warp] = turn;
-      at.due = turn.due(p, num_tiles), at.wrap = 0, at.switch_at = rare.head_tiles - 1;
+      at.due = turn.due(p, num_tiles), at.wrap = 0, at.switch_at = left, at.next_block = next_block;
       at.range = share.first;
       at.range_end = range_start(p, share.first + 1) - range_start(p, share.first);
       at.share.block = share.block, at.share.first = share.first, at.share.last = share.last;
@@ -171,6 +199,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncwarp();
   }
 
+#if AHEAD
+  next.load_half(raw, l, is_there, 0);
+  next.load_half(raw, l, is_there, 1);
+#endif
   Accumulators acc;
   clear(acc);
   int tile = 0;
@@ -197,13 +229,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (l.lane == 0) at.wrap = wrap;
       }
       if (tile == switch_at) {
-        is_there = tile + 1 < rare.num_tiles;
+        is_there = tile + 1 + AHEAD < rare.num_tiles;
         if (is_there) {
-          const Share other = share_of(rare.begin, rare.end, at.share.block - 1);
+          const Share other = share_of(rare.begin, rare.end, at.next_block - 1);
           const int first_column = range_start(p, other.first);
-          next = Stream(p, l, other.block * WARPS + l.warp, first_column - 1);
+          next.seek(p, l, other.block * WARPS + l.warp, first_column - 1);
           switch_at += p.num_col_tiles - first_column;
-          if (l.lane == 0) at.switch_at = switch_at;
+          __syncwarp();
+          if (l.lane == 0) at.switch_at = switch_at, at.next_block = other.block;
         }
       }
       int stop = min((int)at.range_end, wrap);

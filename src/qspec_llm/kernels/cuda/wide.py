@@ -46,12 +46,14 @@ class Tuning:
         groups: warpgroups, 64 rows each: 2, 3 or 4.
         units: most of a thread block; None lets `blocks_of` choose.
         stages: most tiles of x in shared memory.
+        ahead: tiles of each warp's weights that wait in shared memory, 0 to 2.
         tiles: of 8 tokens in a block; None lets `tiles_of` choose.
     """
 
     groups: int
     units: int | None = None
     stages: int = MAX_STAGES
+    ahead: int = 0
     tiles: int | None = None
 
 
@@ -82,6 +84,12 @@ def tuning(form: Form, token_tiles: int) -> Tuning:
     if token_tiles <= 8:
         return Tuning(groups=4)
     return Tuning(groups=2 if form.bits == 8 else 3)
+
+
+def _kept_bytes(form: Form) -> int:
+    """What shared memory keeps of a warp's tile of weights: wide_weights.cuh's KEPT_BYTES."""
+    pieces = form.bits // 4 or 4
+    return (2 * pieces + (form.bits > 0)) * 512
 
 
 def can_run(num_tokens: int, device: int) -> bool:
@@ -172,7 +180,8 @@ def _instance(
     stage = tokens * TILE_COLS * form.act // 8
     if form.act == 8:
         stage += TILE_COLS // form.act_group * tokens * 8
-    num_stages = min((SMEM - sums) // stage, tuned.stages)
+    kept = tuned.ahead * 4 * tuned.groups * _kept_bytes(form)
+    num_stages = min((SMEM - sums - kept) // stage, tuned.stages)
     return _Instance(
         kernel=kernel(
             "wide.cu",
@@ -181,13 +190,14 @@ def _instance(
             NT=token_tiles,
             WGS=tuned.groups,
             RANGES=RANGES,
+            AHEAD=tuned.ahead,
         ),
         grid=(num_blocks, token_blocks),
         threads=threads,
         num_row_blocks=row_blocks,
         num_stages=num_stages,
         passes=passes,
-        smem=1024 + num_stages * stage + sums,
+        smem=1024 + num_stages * stage + sums + kept,
         box=(tokens, 128 if form.act == 8 else 64),
     )
 

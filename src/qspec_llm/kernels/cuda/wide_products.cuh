@@ -132,7 +132,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       bytes_of(fine[h][0], e.x, e.y, 4);
       bytes_of(fine[h][1], e.z, e.w, 4);
 #endif
-      next.load_half(raw, is_there, h);
+      next.load_half(raw, l, is_there, h);
     }
     if (j >= 2) {
       const int k = j - 2, before = k / SUBTILES * SUBGROUP;
@@ -213,7 +213,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       levels_of(a[pair % 2][i], codes[pair % 2 * 2 + i], low[pair % 2 * 2 + i]);
       settle(a[pair % 2][i]);
     }
-    if (pair % 2) next.load_half(raw, is_there, h);
+    if (pair % 2) next.load_half(raw, l, is_there, h);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -293,7 +293,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #endif
     settle(now[0]), settle(now[1]);
 #if BITS
-    if (pair % 2) next.load_half(raw, is_there, h);
+    if (pair % 2) next.load_half(raw, l, is_there, h);
 #endif
     wgmma_begin();
 #pragma unroll
@@ -304,7 +304,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #if !BITS
     if (pair % 2) {
       wgmma_wait<0>();  // these products read the very registers that the load writes
-      next.load_half(raw, is_there, h);
+      next.load_half(raw, l, is_there, h);
     }
 #endif
   }

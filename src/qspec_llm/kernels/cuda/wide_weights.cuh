@@ -1,5 +1,8 @@
-// A warp's weights, from memory straight to registers: a tile of columns as it lies in memory, loaded while the
-// tile before it is multiplied.
+// A warp's weights: a tile of columns as it lies in memory, in registers before the tile before it is multiplied.
+//
+// It comes from memory straight to registers or, where these hold too few bytes to keep memory busy (AHEAD), from
+// shared memory, where each lane keeps what it copied itself, AHEAD tiles of it: no lane reads another's bytes, so
+// that nothing but the lane's own copies is waited for.
 
 #pragma once
 #include "wide_work.cuh"
@@ -48,37 +51,102 @@ DEVICE void load_plane(ScalesOfTile& plane, const u8* from) {
 }
 #endif
 
+// What shared memory keeps of a warp's tile: 16 bytes a lane of each piece, and as many of scales and offsets.
+#define KEPT_BYTES ((2 * PIECES + (BITS > 0)) * 512)
+#define PLANE_WORDS (GROUP == 128 ? 2 : 1)  // of a lane, which needs all of a word or half of it
+
+#if AHEAD && BITS
+DEVICE void take_plane(ScalesOfTile& plane, const Lane& l, const u32* words) {
+#pragma unroll
+  for (int i = 0; i < PLANE_WORDS; i++) {
+#if GROUP == 32
+    plane[i] = words[i];
+#else
+    plane[i] = words[i] >> 16 * ((GROUP == 64 ? l.lane : l.g) % 2) & 0xFFFF;
+#endif
+  }
+}
+#endif
+
 // A warp's tiles in order, from block of rows to block of rows: where this lane reads the next one.
 struct Stream {
   const u8* base;
   const u8* rest;
   int to_scales;  // from base; a third pointer is more than the registers hold
+#if AHEAD
+  u32 room;   // where this lane finds the tile that it needs next
+  u32 rooms;  // of two, the sum of their addresses
+#endif
 
-  DEVICE Stream(const Problem& p, const Lane& l, int row_tile, int column) {
+  DEVICE void seek(const Problem& p, const Lane& l, int row_tile, int column) {
     const size_t tile = (size_t)row_tile * p.num_col_tiles + column;
     base = p.base + tile * BASE_BYTES + l.lane * 16;
     rest = p.rest + tile * REST_BYTES + l.lane * 16;
 #if BITS
-    const int at = GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.g) * 2;
+    int at = GROUP == 32 ? l.lane * 4 : (GROUP == 64 ? l.lane : l.g) * 2;
+    if (AHEAD) at = at / 4 * 4;  // whole words
     to_scales = scale_at(0, 0, 0) + at - l.lane * 16;
 #endif
   }
 
-  DEVICE void load_half(Raw& raw, bool is_there, int h) const {
-    if (!is_there) return;
+  DEVICE void skip() {
+    base += BASE_BYTES, rest += REST_BYTES;
+#if AHEAD == 2
+    room = rooms - room;
+#endif
+  }
+
+  // Piece i of half h.
+  DEVICE const u8* piece(int h, int i) const {
 #if BITS == 0
-#pragma unroll
-    for (int i = 0; i < 4; i++) raw.pieces[h][i] = load_once(base + dense_at(h, i));
+    return base + dense_at(h, i);
 #else
-    raw.pieces[h][0] = load_once(base + nibbles_at(h));
-#if BITS >= 8
-    raw.pieces[h][1] = load_once(rest + nibbles_at(h));
+    return i == 0 ? base + nibbles_at(h) : rest + (i == 1 ? nibbles_at(h) : bytes_at(h, i - 2));
 #endif
-#if BITS == 16
-    raw.pieces[h][2] = load_once(rest + bytes_at(h, 0));
-    raw.pieces[h][3] = load_once(rest + bytes_at(h, 1));
+  }
+
+#if AHEAD
+  // A half of this tile, and with the first one its scales, on its way into a room; nothing if it is not there.
+  DEVICE void send_half(u32 to, bool is_there, int h) const {
+    if (is_there) {
+#pragma unroll
+      for (int i = 0; i < PIECES; i++) copy16(to + (h * PIECES + i) * 512, piece(h, i));
+#if BITS
+#pragma unroll
+      for (int i = 0; h == 0 && i < PLANE_WORDS * (1 + OFFSET); i++) {
+        const int which = i / PLANE_WORDS, word = i % PLANE_WORDS;
+        copy4(to + 2 * PIECES * 512 + i * 4,
+              base + to_scales + which * (GROUPS_PER_TILE * 32) + word * 16);
+      }
 #endif
+    }
+    copy_commit();
+  }
+
+  // That of the next tile, AHEAD before this one, whose place this one's takes.
+  DEVICE void load_half(Raw& raw, const Lane& l, bool is_there, int h) const {
+    copy_wait<2 * AHEAD - 1>();
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) raw.pieces[h][i] = load_shared4(room + (h * PIECES + i) * 512);
+#if BITS
+    if (h == 0) {
+      const uint4 cell = load_shared4(room + 2 * PIECES * 512);
+      const u32 words[4] = {cell.x, cell.y, cell.z, cell.w};
+      take_plane(raw.scales, l, words);
+#if OFFSET
+      take_plane(raw.offsets, l, words + PLANE_WORDS);
 #endif
+    }
+#endif
+    send_half(room, is_there, h);
+  }
+
+  DEVICE void load_scales(Raw&, bool) const {}
+#else
+  DEVICE void load_half(Raw& raw, const Lane&, bool is_there, int h) const {
+    if (!is_there) return;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) raw.pieces[h][i] = load_once(piece(h, i));
   }
 
   DEVICE void load_scales(Raw& raw, bool is_there) const {
@@ -90,6 +158,5 @@ struct Stream {
 #endif
 #endif
   }
-
-  DEVICE void skip() { base += BASE_BYTES, rest += REST_BYTES; }
+#endif
 };
