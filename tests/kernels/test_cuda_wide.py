@@ -35,6 +35,8 @@ CUTS: list[dict[str, Any]] = [
     {"groups": 2, "units": 9},
     {"groups": 3},
     {"stages": 3},
+    {"ahead": 1},
+    {"groups": 2, "units": 3, "ahead": 2, "total_stays": True},
 ]
 
 
@@ -158,5 +160,12 @@ def test_it_compiles(compiled: Compile) -> None:
              Form(bits=4, is_signed=False, has_offset=True), Form(bits=8), Form(bits=16),
              Form(bits=0)]  # fmt: skip
     for form, token_tiles in zip(forms, [4, 6, 12, 5, 10, 16], strict=True):
-        shape = {**form.defines(), "NT": token_tiles, "WGS": wide.tuning(form, token_tiles).groups}
-        assert compiled("wide.cu", "sm_90a", {**shape, "RANGES": wide.RANGES})
+        shape = {
+            **form.defines(),
+            "NT": token_tiles,
+            "WGS": wide.tuning(form, token_tiles).groups,
+            "RANGES": wide.RANGES,
+        }
+        for ahead, total_stays in ((0, 0), (1, 0), (2, 1)):
+            chosen = {**shape, "AHEAD": ahead, "TOTAL_STAYS": total_stays}
+            assert compiled("wide.cu", "sm_90a", chosen)

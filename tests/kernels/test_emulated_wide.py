@@ -100,7 +100,7 @@ def test_sums_that_are_not_there_and_operands_that_are_overwritten(seed: int) ->
     ("form", "view", "group", "num_tokens", "chosen"),
     [
         ("signed16", "verify", 128, 100, Tuning(groups=2, stages=3)),
-        ("signed16", "verify", 128, 100, Tuning(groups=2, stages=3, ahead=2)),
+        ("signed16", "verify", 128, 100, Tuning(groups=2, ahead=2, total_stays=True)),
         ("signed16", "verify", 64, 64, Tuning(groups=4, ahead=1)),
         ("affine4_offset", "verify", 128, 64, Tuning(groups=2, ahead=1)),
         ("affine8_offset", "a4", 32, 45, Tuning(groups=2, ahead=2)),
@@ -135,12 +135,16 @@ def test_rows_are_those_of_the_direct_kernel(
 
 
 @pytest.mark.parametrize(
-    ("form", "num_tokens", "ahead"),
-    # in one block, and in two
-    [("signed16", 100, 0), ("signed8", 41, 0), ("signed8", 90, 1), ("signed16", 100, 2)],
+    ("form", "num_tokens", "chosen"),
+    [
+        ("signed16", 100, Tuning(groups=2, stages=4, tiles=16)),
+        ("signed16", 100, Tuning(groups=2, stages=4, tiles=16, ahead=2, total_stays=True)),
+        ("signed8", 41, Tuning(groups=2, stages=4, tiles=6)),
+        ("signed8", 90, Tuning(groups=2, stages=4, tiles=6, ahead=1)),  # two blocks
+    ],
 )
 def test_the_cut_changes_no_bit(
-    form: str, num_tokens: int, ahead: int, workspace: Workspace
+    form: str, num_tokens: int, chosen: Tuning, workspace: Workspace
 ) -> None:
     """Launches that follow each other through one workspace.
 
@@ -154,9 +158,7 @@ def test_the_cut_changes_no_bit(
         direct.multiply(product)
         for units in cuts:
             other = replace(product, out=torch.full_like(product.out, torch.nan))
-            tiles = 16 if form == "signed16" else 6
-            cut = Tuning(groups=2, units=units, tiles=tiles, stages=4, ahead=ahead)
-            wide.multiply(other, cut)
+            wide.multiply(other, replace(chosen, units=units))
             assert_same_bits(other.out, product.out)
     _, arrivals, flags = workspace
     assert not (arrivals % wide.RANGES).any()

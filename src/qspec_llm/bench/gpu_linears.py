@@ -20,9 +20,8 @@ from qspec_llm.bench.shapes import SHAPES
 from qspec_llm.engine.captured import captured
 from qspec_llm.kernels import Rows
 from qspec_llm.kernels.cuda.activations import quantize
-from qspec_llm.kernels.cuda.direct import Tuning
 from qspec_llm.kernels.cuda.layout import PackedMatrix, PackedPlanes, pack
-from qspec_llm.kernels.cuda.linear import linear, wants_integers
+from qspec_llm.kernels.cuda.linear import Tuning, linear, wants_integers
 from qspec_llm.kernels.cuda.tables import read_memory
 from qspec_llm.model.load import draft_group
 from qspec_llm.weights.quantize import Recipe, Target, nest

@@ -22,7 +22,9 @@ from qspec_llm.kernels.cuda.layout import PackedDense, PackedMatrix, PackedPlain
 from qspec_llm.kernels.cuda.prompt import plain, prompt
 from qspec_llm.weights.view import Activation, View
 
-__all__ = ["buffers", "can_run", "linear", "wants_integers"]
+__all__ = ["Tuning", "buffers", "can_run", "linear", "wants_integers"]
+
+Tuning = direct.Tuning | split.Tuning | wide.Tuning
 
 OUT_TYPES = (torch.bfloat16, torch.float32)
 
@@ -53,7 +55,7 @@ def linear(
     *,
     out: Tensor | None = None,
     pdl: bool = False,
-    chosen: direct.Tuning | split.Tuning | None = None,
+    chosen: Tuning | None = None,
 ) -> Tensor:
     """x [R, K] times the view's weights [N, K] transposed, plus bias [N]: [R, N].
 
@@ -66,7 +68,7 @@ def linear(
         out_dtype: bf16 (the default) or float32.
         out: where to write, contiguous [R, N] of `out_dtype`.
         pdl: programmatic dependent launch (compile.Kernel.launch).
-        chosen: an instance of direct.cu or split.cu, instead of the measured best.
+        chosen: an instance of direct.cu, split.cu or wide.cu, instead of the measured best.
 
     Raises:
         QSpecError: x, bias or out have a type, shape or place that no kernel reads.
@@ -112,7 +114,7 @@ def _generated(
     view: View,
     out: Tensor,
     pdl: bool,
-    chosen: direct.Tuning | split.Tuning | None,
+    chosen: Tuning | None,
 ) -> None:
     values = x.codes if isinstance(x, Quantized) else x
     product = Product(
@@ -127,6 +129,8 @@ def _generated(
     device = weight.base.device.index
     if isinstance(chosen, direct.Tuning):
         direct.multiply(product, chosen)
+    elif isinstance(chosen, wide.Tuning):
+        wide.multiply(product, chosen)
     elif chosen or split.can_run(product.form, values.shape[0], device):
         split.multiply(product, chosen)
     elif wide.can_run(values.shape[0], device):

@@ -9,7 +9,7 @@
 // RANGES, range r from tile num_col_tiles * r / RANGES on; a range is summed from 0, group by group, and
 // the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows: a
 // thread block takes so many in a row. What it has of one block of rows is a share, and it computes its
-// last share first. The total of a share so far lies in shared memory. Rows that are shared:
+// last share first. Rows that are shared:
 //   where thread blocks have few units, a total that lacks later ranges and the sums of ranges behind
 //   others' go to a workspace; all who share rows wait for each other at their end and fold a slice
 //   each. Where they have at least RANGES - 1 (`passes`), nobody is between two others: the first
@@ -20,6 +20,7 @@
 //   NT    tiles of 8 tokens: 4, 5, 6, 8, 10, 12, 16 or 20; of int8 x 4, 6, 8, 12 or 16
 //   WGS   warpgroups         RANGES ranges of columns
 //   AHEAD tiles of each warp's weights in shared memory, 0, 1 or 2, before they come to registers
+//   TOTAL_STAYS  the total of a share so far lies in registers, so that shared memory has room for more else
 
 #include "wide_products.cuh"
 #include "wide_sums.cuh"
@@ -126,9 +127,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   ring.meta = ring.x + p.num_stages * X_BYTES;
   ring.full = computed_once(smem_address(barriers));
   ring.empty = ring.full + MAX_STAGES * 8;
-  const u32 totals = ring.meta + p.num_stages * META_BYTES + threadIdx.x * 16;
-#if AHEAD
-  const u32 kept = ring.meta + p.num_stages * META_BYTES + THREADS * NT * 16;
+  const u32 behind_x = ring.meta + p.num_stages * META_BYTES;
+  Total total;
+#if !TOTAL_STAYS
+  total.at = behind_x + threadIdx.x * 16;
 #endif
 
   Raw raw = {};
@@ -146,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   int next_block = share.block;
   // the first weights are on their way before anything else happens
 #if AHEAD
-  next.room = kept + (l.warp * AHEAD * KEPT_BYTES + l.lane * 16);
+  next.room = behind_x + TOTAL_BYTES + (l.warp * AHEAD * KEPT_BYTES + l.lane * 16);
   next.rooms = 2 * next.room + KEPT_BYTES;
 #pragma unroll
   for (int ahead = 0; ahead < AHEAD; ahead++) {
@@ -266,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     done.block = at.share.block, done.first = at.share.first, done.last = at.share.last;
     int range = at.range;
     __syncwarp();
-    end_range(p, l, acc, totals, done, range);
+    end_range(p, l, acc, total, done, range);
     if (++range == done.last) {
       const int begin = rare.begin, end = rare.end;
       if (!p.passes && (done.first > 0 || done.last < RANGES)) {

@@ -47,6 +47,7 @@ class Tuning:
         units: most of a thread block; None lets `blocks_of` choose.
         stages: most tiles of x in shared memory.
         ahead: tiles of each warp's weights that wait in shared memory, 0 to 2.
+        total_stays: sums so far lie in registers, not in shared memory.
         tiles: of 8 tokens in a block; None lets `tiles_of` choose.
     """
 
@@ -54,6 +55,7 @@ class Tuning:
     units: int | None = None
     stages: int = MAX_STAGES
     ahead: int = 0
+    total_stays: bool = False
     tiles: int | None = None
 
 
@@ -181,7 +183,9 @@ def _instance(
     if form.act == 8:
         stage += TILE_COLS // form.act_group * tokens * 8
     kept = tuned.ahead * 4 * tuned.groups * _kept_bytes(form)
-    num_stages = min((SMEM - sums - kept) // stage, tuned.stages)
+    if not tuned.total_stays:
+        kept += sums
+    num_stages = min((SMEM - kept) // stage, tuned.stages)
     return _Instance(
         kernel=kernel(
             "wide.cu",
@@ -191,13 +195,14 @@ def _instance(
             WGS=tuned.groups,
             RANGES=RANGES,
             AHEAD=tuned.ahead,
+            TOTAL_STAYS=int(tuned.total_stays),
         ),
         grid=(num_blocks, token_blocks),
         threads=threads,
         num_row_blocks=row_blocks,
         num_stages=num_stages,
         passes=passes,
-        smem=1024 + num_stages * stage + sums + kept,
+        smem=1024 + num_stages * stage + kept,
         box=(tokens, 128 if form.act == 8 else 64),
     )
 

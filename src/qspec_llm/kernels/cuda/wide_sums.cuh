@@ -57,28 +57,47 @@ DEVICE void go_on(const Problem& p, const Lane& l, Accumulators& acc, int block)
   }
 }
 
-// The total of a share so far lies in shared memory, [n][thread]: `totals` is this thread's place.
-DEVICE void add_total(Accumulators& acc, u32 totals) {
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
-    const uint4 before = load_shared4(totals + n * (THREADS * 16));
-    acc[n][0] = __uint_as_float(before.x) + acc[n][0];
-    acc[n][1] = __uint_as_float(before.y) + acc[n][1];
-    acc[n][2] = __uint_as_float(before.z) + acc[n][2];
-    acc[n][3] = __uint_as_float(before.w) + acc[n][3];
-  }
-}
+// The total of a share so far: in registers (TOTAL_STAYS) or in shared memory, [n][thread].
+struct Total {
+#if TOTAL_STAYS
+  Accumulators sums;
+#else
+  u32 at;  // this thread's place
+#endif
 
-DEVICE void keep_total(u32 totals, const Accumulators& acc) {
+  DEVICE void add_to(Accumulators& acc) const {
 #pragma unroll
-  for (int n = 0; n < NT; n++) store_shared4(totals + n * (THREADS * 16), acc[n]);
-}
+    for (int n = 0; n < NT; n++) {
+#if TOTAL_STAYS
+      const float(&before)[4] = sums[n];
+#else
+      const uint4 v = load_shared4(at + n * (THREADS * 16));
+      const float before[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                               __uint_as_float(v.w)};
+#endif
+#pragma unroll
+      for (int i = 0; i < 4; i++) acc[n][i] = before[i] + acc[n][i];
+    }
+  }
+
+  DEVICE void keep(const Accumulators& acc) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#if TOTAL_STAYS
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[n][i] = acc[n][i];
+#else
+      store_shared4(at + n * (THREADS * 16), acc[n]);
+#endif
+    }
+  }
+};
 
 // A range of a share is summed.
-DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 totals,
+DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, Total& total,
                       const Share& share, int range) {
   if (range > share.first) {
-    if (share.first == 0 || p.passes) add_total(acc, totals);
+    if (share.first == 0 || p.passes) total.add_to(acc);
   } else if (share.first > 0 && p.passes) {
     go_on(p, l, acc, share.block);
   }
@@ -86,7 +105,7 @@ DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 to
     const size_t at = (size_t)place_of(p, share.block) * RANGES + range;
     write_sums(p.parts + at * ITEMS + threadIdx.x, acc);
   } else if (range + 1 < share.last) {
-    keep_total(totals, acc);
+    total.keep(acc);
   } else if (share.last == RANGES) {
     float bias[2];
     bias_of_rows(bias, p, share.block, l);
