@@ -19,7 +19,7 @@
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
 //   NT    tiles of 8 tokens: 4, 5, 6, 8, 10, 12, 16 or 20; of int8 x 4, 6, 8, 12 or 16
 //   WGS   warpgroups         RANGES ranges of columns
-//   AHEAD tiles of each warp's weights in shared memory, 0, 1 or 2, before they come to registers
+//   AHEAD tiles of each warp's weights under way to shared memory, 1 or 2; 0: one, straight to registers
 //   TOTAL_STAYS  the total of a share so far lies in registers, so that shared memory has room for more else
 
 #include "wide_products.cuh"
@@ -149,27 +149,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // the first weights are on their way before anything else happens
 #if AHEAD
   next.room = behind_x + TOTAL_BYTES + (l.warp * AHEAD * KEPT_BYTES + l.lane * 16);
-  next.rooms = 2 * next.room + KEPT_BYTES;
-#pragma unroll
-  for (int ahead = 0; ahead < AHEAD; ahead++) {
-    next.send_half(next.room, is_there, 0);
-    next.send_half(next.room, is_there, 1);
-    if (left == 0) {
-      const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
-      is_there = next_block > begin / RANGES;
-      if (is_there) {
-        const Share other = share_of(begin, end, --next_block);
-        left = range_start(p, other.last) - range_start(p, other.first);
-        next.seek(p, l, next_block * WARPS + l.warp, range_start(p, other.first) - 1);
-      }
-    }
-    next.skip(), left--;
-  }
-#else
-  next.load_scales(raw, is_there);
-  next.load_half(raw, l, is_there, 0);
-  next.load_half(raw, l, is_there, 1);
+  next.rooms = 2 * next.room + (AHEAD - 1) * KEPT_BYTES;
 #endif
+#pragma unroll
+  for (int ahead = 0; ahead < LOOKAHEAD; ahead++) {
+    if (ahead) {
+      if (left == 0) {
+        const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
+        is_there = next_block > begin / RANGES;
+        if (is_there) {
+          const Share other = share_of(begin, end, --next_block);
+          left = range_start(p, other.last) - range_start(p, other.first);
+          next.seek(p, l, next_block * WARPS + l.warp, range_start(p, other.first) - 1);
+        }
+      }
+      next.skip(), left--;
+    }
+    next.ask_for_scales(raw, is_there);
+    next.ask_for_half(raw, is_there, 0);
+    next.ask_for_half(raw, is_there, 1);
+  }
   if (l.warp == 0) {
     for (int i = l.lane; i < p.num_stages; i += 32) {
       barrier_init(ring.full + i * 8, 1);
@@ -201,10 +200,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncwarp();
   }
 
-#if AHEAD
-  next.load_half(raw, l, is_there, 0);
-  next.load_half(raw, l, is_there, 1);
-#endif
   Accumulators acc;
   clear(acc);
   int tile = 0;
@@ -231,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (l.lane == 0) at.wrap = wrap;
       }
       if (tile == switch_at) {
-        is_there = tile + 1 + AHEAD < rare.num_tiles;
+        is_there = tile + LOOKAHEAD < rare.num_tiles;
         if (is_there) {
           const Share other = share_of(rare.begin, rare.end, at.next_block - 1);
           const int first_column = range_start(p, other.first);

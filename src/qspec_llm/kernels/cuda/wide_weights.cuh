@@ -1,8 +1,8 @@
-// A warp's weights: a tile of columns as it lies in memory, in registers before the tile before it is multiplied.
+// A warp's weights: tiles of columns as they lie in memory.
 //
-// It comes from memory straight to registers or, where these hold too few bytes to keep memory busy (AHEAD), from
-// shared memory, where each lane keeps what it copied itself, AHEAD tiles of it: no lane reads another's bytes, so
-// that nothing but the lane's own copies is waited for.
+// They come straight to registers while the tile before is multiplied or, where that keeps too few bytes under way
+// (AHEAD), to shared memory, and from there to registers when their turn comes. There each lane keeps what it copied
+// itself: no lane reads another's bytes, so that nothing but the lane's own copies is waited for.
 
 #pragma once
 #include "wide_work.cuh"
@@ -68,13 +68,15 @@ DEVICE void take_plane(ScalesOfTile& plane, const Lane& l, const u32* words) {
 }
 #endif
 
-// A warp's tiles in order, from block of rows to block of rows: where this lane reads the next one.
+#define LOOKAHEAD (AHEAD ? AHEAD : 1)  // tiles between the one that is multiplied and the one that is asked for
+
+// A warp's tiles in order, from block of rows to block of rows: where this lane asks for the next one.
 struct Stream {
   const u8* base;
   const u8* rest;
   int to_scales;  // from base; a third pointer is more than the registers hold
 #if AHEAD
-  u32 room;   // where this lane finds the tile that it needs next
+  u32 room;   // where this lane finds the tile that is multiplied
   u32 rooms;  // of two, the sum of their addresses
 #endif
 
@@ -106,16 +108,17 @@ struct Stream {
   }
 
 #if AHEAD
-  // A half of this tile, and with the first one its scales, on its way into a room; nothing if it is not there.
-  DEVICE void send_half(u32 to, bool is_there, int h) const {
+  // A half of the next tile, and with the first one its scales, on its way to where the lane has read the tile that is
+  // multiplied; nothing if it is not there.
+  DEVICE void ask_for_half(Raw&, bool is_there, int h) const {
     if (is_there) {
 #pragma unroll
-      for (int i = 0; i < PIECES; i++) copy16(to + (h * PIECES + i) * 512, piece(h, i));
+      for (int i = 0; i < PIECES; i++) copy16(room + (h * PIECES + i) * 512, piece(h, i));
 #if BITS
 #pragma unroll
       for (int i = 0; h == 0 && i < PLANE_WORDS * (1 + OFFSET); i++) {
         const int which = i / PLANE_WORDS, word = i % PLANE_WORDS;
-        copy4(to + 2 * PIECES * 512 + i * 4,
+        copy4(room + 2 * PIECES * 512 + i * 4,
               base + to_scales + which * (GROUPS_PER_TILE * 32) + word * 16);
       }
 #endif
@@ -123,8 +126,8 @@ struct Stream {
     copy_commit();
   }
 
-  // That of the next tile, AHEAD before this one, whose place this one's takes.
-  DEVICE void load_half(Raw& raw, const Lane& l, bool is_there, int h) const {
+  // A half of the tile that is multiplied now.
+  DEVICE void take_half(Raw& raw, const Lane& l, int h) const {
     copy_wait<2 * AHEAD - 1>();
 #pragma unroll
     for (int i = 0; i < PIECES; i++) raw.pieces[h][i] = load_shared4(room + (h * PIECES + i) * 512);
@@ -138,18 +141,17 @@ struct Stream {
 #endif
     }
 #endif
-    send_half(room, is_there, h);
   }
 
-  DEVICE void load_scales(Raw&, bool) const {}
+  DEVICE void ask_for_scales(Raw&, bool) const {}  // they come with the first half
 #else
-  DEVICE void load_half(Raw& raw, const Lane&, bool is_there, int h) const {
+  DEVICE void ask_for_half(Raw& raw, bool is_there, int h) const {
     if (!is_there) return;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) raw.pieces[h][i] = load_once(piece(h, i));
   }
 
-  DEVICE void load_scales(Raw& raw, bool is_there) const {
+  DEVICE void ask_for_scales(Raw& raw, bool is_there) const {
 #if BITS
     if (!is_there) return;
     load_plane(raw.scales, base + to_scales);
@@ -158,5 +160,7 @@ struct Stream {
 #endif
 #endif
   }
+
+  DEVICE void take_half(Raw&, const Lane&, int) const {}  // they are there
 #endif
 };
