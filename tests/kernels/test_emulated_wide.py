@@ -49,8 +49,9 @@ def workspace(seed: int, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     device = direct.Device(MULTIPROCESSORS, 228 << 10, 227 << 10, has_multicast=True)
     monkeypatch.setattr(direct, "_device", lambda _: device)
     monkeypatch.setattr(activations, "check_rows", lambda *_: None)
+    monkeypatch.setattr(wide, "instance", wide.instance.__wrapped__)
+    monkeypatch.setattr(fused, "_instance", fused._instance.__wrapped__)
     for module in (wide, fused):
-        monkeypatch.setattr(module, "_instance", module._instance.__wrapped__)
         monkeypatch.setattr(module, "num_multiprocessors", lambda _: MULTIPROCESSORS)
         monkeypatch.setattr(module, "tensor_map", tensor_map)
     monkeypatch.setattr(wide, "WORKSPACE_BYTES", WORKSPACE_BYTES)

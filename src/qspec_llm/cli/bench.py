@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from qspec_llm.bench import decode, gpu_linears, kernels, synthetic
+from qspec_llm.bench import decode, gpu_instances, gpu_linears, kernels, synthetic
 from qspec_llm.cli import bench_steps
 from qspec_llm.cli.bench_models import checkpoint_of, engine_config, load_targets, model_name
 from qspec_llm.cli.common import progress_bar, read_prompt_file
@@ -58,6 +58,8 @@ def _kernels(args: argparse.Namespace) -> dict[str, Any]:
     backend = _backend(args)
     if args.shape is not None:
         return _layer(args, backend)
+    if args.instances is not None:
+        raise QSpecError("--instances needs --shape, whose linears are measured")
     with progress_bar() as bar:
         task = bar.add_task("kernels", total=None)
         report = kernels.bench(
@@ -80,9 +82,15 @@ def _layer(args: argparse.Namespace, backend: str) -> dict[str, Any]:
             f"bench kernels --shape needs the cuda backend, not {backend!r}: elsewhere give the "
             "matrices with --shapes"
         )
-    report = gpu_linears.bench(args.shape, args.rows, group=args.group, rounds=args.rounds)
+    options = {"group": args.group, "rounds": args.rounds}
+    if args.instances is not None:
+        report = gpu_instances.bench(args.shape, args.rows, args.instances, **options)
+        text = gpu_instances.show(report)
+    else:
+        report = gpu_linears.bench(args.shape, args.rows, **options)
+        text = gpu_linears.show(report)
     if not args.json:
-        print(gpu_linears.show(report))
+        print(text)
     return report
 
 

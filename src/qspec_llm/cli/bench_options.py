@@ -17,6 +17,8 @@ __all__ = ["add_bench"]
 # bench.shapes has their sizes; naming them here keeps `--help` from importing torch
 SHAPE_NAMES = ("smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "llama-3-8b", "qwen2.5-32b")
 
+INSTANCE_CASES = ("verify bf16", "verify int4", "draft a8")  # bench.gpu_instances'
+
 
 def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
     """`qspec bench` and its kinds."""
@@ -37,6 +39,13 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--shape",
         choices=sorted(SHAPE_NAMES),
         help="instead, on a GPU: the linears of a layer of that shape, every view against cuBLAS",
+    )
+    kernels.add_argument(
+        "--instances",
+        choices=INSTANCE_CASES,
+        metavar="CASE",
+        help="with --shape: every instance of the kernels that fits, one linear at a time; "
+        f"{', '.join(INSTANCE_CASES)}",
     )
     kernels.add_argument("--rows", type=int, nargs="+", default=[1, 5])
     kernels.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")

@@ -12,6 +12,8 @@ from qspec_llm.kernels.cuda.form import RANGES, Form, Product
 from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
 
 __all__ = [
+    "LEAST_TOKENS",
+    "MAX_TOKENS",
     "Cut",
     "Tuning",
     "can_run",
@@ -234,7 +236,8 @@ def can_run(form: Form, num_tokens: int, device: int) -> bool:
 def multiply(product: Product, chosen: Tuning | None = None) -> None:
     """Compute a product; `chosen` is an instance other than the measured best."""
     num_tokens = product.values.shape[0]
-    assert num_tokens <= most_tokens(product.form), f"{num_tokens} rows of x are for wide.cu"
+    most = MAX_TOKENS if chosen else most_tokens(product.form)
+    assert num_tokens <= most, f"{num_tokens} rows of x are for wide.cu"
     row_tiles, col_tiles = product.weight.base.shape[:2]
     token_tiles = math.ceil(num_tokens / 8)
     device = product.out.device.index

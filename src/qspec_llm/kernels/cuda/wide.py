@@ -19,9 +19,11 @@ from qspec_llm.kernels.cuda.layout import TILE_COLS
 __all__ = [
     "LEAST_TOKENS",
     "MAX_TOKENS",
+    "Instance",
     "Tuning",
     "blocks_of",
     "can_run",
+    "instance",
     "multiply",
     "tiles_of",
     "tuning",
@@ -143,7 +145,7 @@ class _Problem(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Instance:
+class Instance:
     """One kernel and how it is launched for one matrix."""
 
     kernel: Kernel
@@ -157,9 +159,10 @@ class _Instance:
 
 
 @functools.cache
-def _instance(
+def instance(
     form: Form, row_tiles: int, col_tiles: int, num_tokens: int, device: int, chosen: Tuning | None
-) -> _Instance:
+) -> Instance:
+    """The kernel and its launch for a matrix of so many tiles; `chosen` as in `multiply`."""
     token_tiles = (chosen and chosen.tiles) or tiles_of(form, num_tokens)
     tokens = token_tiles * 8
     tuned = chosen or tuning(form, token_tiles)
@@ -186,7 +189,7 @@ def _instance(
     if not tuned.total_stays:
         kept += sums
     num_stages = min((SMEM - kept) // stage, tuned.stages)
-    return _Instance(
+    return Instance(
         kernel=kernel(
             "wide.cu",
             "wide",
@@ -222,7 +225,7 @@ def multiply(product: Product, chosen: Tuning | None = None) -> None:
     num_tokens = product.values.shape[0]
     row_tiles, col_tiles = product.weight.base.shape[:2]
     device = product.weight.base.device.index
-    one = _instance(product.form, row_tiles, col_tiles, num_tokens, device, chosen)
+    one = instance(product.form, row_tiles, col_tiles, num_tokens, device, chosen)
     rest, bias, meta = product.rest, product.bias, product.meta
     parts, arrivals, flags = _workspace(device)
     problem = _Problem(

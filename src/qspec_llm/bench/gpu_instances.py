@@ -1,0 +1,164 @@
+"""Which instances of the linears' kernels are fastest; so those in split.py and wide.py are chosen.
+
+Every instance that fits computes one linear of a layer at a time, in turn with the others, as in
+`gpu_linears`. For who tunes another GPU, or has changed a kernel.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, fields, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from qspec_llm.bench import gpu_linears
+from qspec_llm.bench.gpu_linears import HEAD_DIM, Case
+from qspec_llm.errors import QSpecError
+from qspec_llm.kernels.cuda import split, wide
+from qspec_llm.kernels.cuda.compile import Kernel, architecture, compile_source
+from qspec_llm.kernels.cuda.form import RANGES, Form, form_of
+from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
+from qspec_llm.model.load import draft_group
+from qspec_llm.weights.planes import Planes
+from qspec_llm.weights.quantize import Recipe, nest
+
+__all__ = ["CASES", "bench", "instances", "show"]
+
+CASES = ("verify bf16", "verify int4", "draft a8")
+MOST_THREADS = 1024  # of a block
+FEWEST_STAGES = 3  # of x in shared memory, with which wide.cu still fetches one ahead
+SHOWN = 4  # instances of a linear
+CHOSEN = "chosen"
+
+Instance = tuple[split.Tuning | wide.Tuning, Kernel]
+
+
+def instances(
+    form: Form, num_tokens: int, num_rows: int, num_cols: int, device: int
+) -> Iterator[Instance]:
+    """Those that compute x [num_tokens, num_cols] times weights [num_rows, num_cols]."""
+    token_tiles = math.ceil(num_tokens / 8)
+    row_tiles, col_tiles = math.ceil(num_rows / TILE_ROWS), math.ceil(num_cols / TILE_COLS)
+    if split.LEAST_TOKENS <= num_tokens <= split.MAX_TOKENS:
+        for rows, depth, teams, parts in product((1, 2), (1, 2), range(1, 9), (1, 2, 4)):
+            one = split.Tuning(rows, depth, teams, parts, lead=depth)
+            laid = split.cut(form, one, token_tiles, col_tiles)
+            if laid and 32 * teams * RANGES // parts <= MOST_THREADS:
+                yield one, split.instance(form, token_tiles, one, laid)
+    if num_tokens >= wide.LEAST_TOKENS:
+        units = (None, 1, 2, 4, 8) if col_tiles >= RANGES else (None,)
+        for groups, each, ahead, stays in product((2, 3, 4), units, (0, 1, 2), (False, True)):
+            other = wide.Tuning(groups, each, ahead=ahead, total_stays=stays)
+            found = wide.instance(form, row_tiles, col_tiles, num_tokens, device, other)
+            if found.num_stages >= FEWEST_STAGES:
+                yield other, found.kernel
+
+
+def bench(
+    shape: str,
+    rows: Sequence[int],
+    case: str,
+    *,
+    group: int = 128,
+    layers: int = 4,
+    rounds: int = 9,
+) -> dict[str, Any]:
+    """Time every instance of one case.
+
+    Args:
+        shape: a model of `bench.shapes`.
+        rows: numbers of rows of x.
+        case: of `CASES`.
+        group: weights that share one scale.
+        layers: matrices a graph multiplies with, one after the other.
+        rounds: replays of each graph that count.
+
+    Returns:
+        Microseconds by linear, rows and instance, that of the engine as "chosen"; ready for JSON.
+
+    Raises:
+        QSpecError: no such case.
+    """
+    if case not in CASES:
+        raise QSpecError(f"instances of {case!r} are not measured; give one of {', '.join(CASES)}")
+    device = torch.cuda.current_device()
+    one = gpu_linears.CASES[case]
+    results: list[dict[str, Any]] = []
+    for name, (num_rows, num_cols) in gpu_linears.shapes_of(shape).items():
+        form = _form(one, group, num_cols)
+        for count in rows:
+            found = list(instances(form, count, num_rows, num_cols, device))
+            _compile([kernel for _, kernel in found], device)
+            cases = {"cublas": gpu_linears.CASES["cublas"], CHOSEN: one}
+            cases |= {_label(tuning): replace(one, tuning=tuning) for tuning, _ in found}
+            report = gpu_linears.bench(
+                {name: (num_rows, num_cols)},
+                [count],
+                cases=cases,
+                group=group,
+                layers=layers,
+                rounds=rounds,
+            )
+            results += [
+                {"linear": name, "rows": count, "instance": row["case"], "us": row["us"]}
+                for row in report["results"]
+                if row["case"] in cases
+            ]
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "shape": shape,
+        "case": case,
+        "group": group,
+        "layers": layers,
+        "rounds": rounds,
+        "results": results,
+    }
+
+
+def _form(case: Case, group: int, num_cols: int) -> Form:
+    """How the case reads weights such as `gpu_linears` makes."""
+    assert case.target is not None
+    stored = nest(torch.randn(1, num_cols), Recipe(case.target, group, clip_steps=1))
+    assert isinstance(stored, Planes), "random weights can be nested"
+    view = replace(case.view, group=draft_group([stored.spec], HEAD_DIM))
+    return form_of(stored.spec, view)
+
+
+def _compile(kernels: Sequence[Kernel], device: int) -> None:
+    """Fill the cache of cubins, on all cores: launches would compile one after the other."""
+    arch = architecture(device)
+    missing = {(one.source, one.defines) for one in kernels}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda one: compile_source(one[0], arch, one[1]), missing))
+
+
+def _label(tuning: split.Tuning | wide.Tuning) -> str:
+    """What differs from the usual: "wide groups=2 ahead=1"."""
+    kernel = "wide" if isinstance(tuning, wide.Tuning) else "split"
+    values = [
+        f"{one.name}={getattr(tuning, one.name)}"
+        for one in fields(tuning)
+        if one.default is MISSING or getattr(tuning, one.name) != one.default
+    ]
+    return " ".join([kernel, *values])
+
+
+def show(report: dict[str, Any]) -> str:
+    """The fastest instances of every linear and number of rows beside the one that is chosen."""
+    lines = [
+        f"{report['device']}, {report['shape']}, {report['case']}, groups of {report['group']}: "
+        "microseconds of one linear"
+    ]
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in report["results"]:
+        found.setdefault((row["linear"], row["rows"]), {})[row["instance"]] = row["us"]
+    for (linear, count), times in found.items():
+        cublas, chosen = times.pop("cublas"), times.pop(CHOSEN)
+        lines.append(f"{linear}, {count} rows: cublas {cublas:.1f}, {CHOSEN} {chosen:.1f}")
+        best = sorted(times, key=lambda name: times[name])[:SHOWN]
+        lines += [f"{times[name]:10.1f}  {name}" for name in best]
+    return "\n".join(lines)
