@@ -27,7 +27,7 @@ from qspec_llm.model.load import draft_group
 from qspec_llm.weights.quantize import Recipe, Target, nest
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
-__all__ = ["CASES", "Case", "bench", "shapes_of", "show"]
+__all__ = ["CASES", "HEAD_DIM", "Case", "bench", "shapes_of", "show"]
 
 READ_BYTES = 2 << 30
 HEAD_DIM = 128  # where only [N, K] are known
