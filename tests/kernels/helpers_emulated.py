@@ -22,6 +22,7 @@ OPTIONS = (
     *("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC", "-pthread"),
     *os.environ.get("QSPEC_EMULATED_OPTIONS", "").split(),  # as `make sanitize` wants them
 )
+RUNS = "librun.so"
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];")
 
 
@@ -33,7 +34,9 @@ def _sources() -> Path:
     for path in (*SOURCES.glob("*.cu*"), *EMULATED.iterdir()):  # the latter over the former
         text = DYNAMIC_SHARED.sub(r"static DynamicShared<\1> \2;", path.read_text())
         (folder / path.name).write_text(text)
-    _compile("-x", "c++-header", folder / "host.h")  # once for all
+    # once for all
+    _compile("-x", "c++-header", folder / "host.h")
+    _compile("-shared", folder / "run.cpp", "-o", folder / RUNS)
     return folder
 
 
@@ -50,7 +53,7 @@ def _compiled(source: str, function: str, defines: tuple[tuple[str, str], ...]) 
     unit = _sources() / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
     unit.write_text(text)
     library = unit.with_suffix(".so")
-    _compile("-shared", unit, "-o", library)
+    _compile("-shared", unit, unit.with_name(RUNS), "-Wl,-rpath,$ORIGIN", "-o", library)
     emulate = ctypes.CDLL(str(library)).emulate
     emulate.restype = ctypes.c_char_p
     return emulate

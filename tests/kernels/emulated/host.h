@@ -166,10 +166,10 @@ struct Launch {
   }
 };
 
-inline thread_local Block* this_emulated_block;
-alignas(64) static thread_local u8 among_statics;  // of a kernel's own library
-inline thread_local Fiber* this_fiber;
-inline thread_local void* scheduler_stack_pointer;
+// Of run.cpp.
+extern thread_local Block* this_emulated_block;
+extern thread_local Fiber* this_fiber;
+extern thread_local void* scheduler_stack_pointer;
 
 // What `extern __shared__ T name[]` declares.
 template <class T>
