@@ -22,7 +22,7 @@ OPTIONS = (
     *("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-Wno-psabi", "-fPIC", "-pthread"),
     *os.environ.get("QSPEC_EMULATED_OPTIONS", "").split(),  # as `make sanitize` wants them
 )
-RUNS = "librun.so"
+MACHINE = "libmachine.so"
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];")
 
 
@@ -36,7 +36,7 @@ def _sources() -> Path:
         (folder / path.name).write_text(text)
     # once for all
     _compile("-x", "c++-header", folder / "host.h")
-    _compile("-shared", folder / "run.cpp", "-o", folder / RUNS)
+    _compile("-shared", *sorted(folder.glob("*.cpp")), "-o", folder / MACHINE)
     return folder
 
 
@@ -53,7 +53,7 @@ def _compiled(source: str, function: str, defines: tuple[tuple[str, str], ...]) 
     unit = _sources() / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
     unit.write_text(text)
     library = unit.with_suffix(".so")
-    _compile("-shared", unit, unit.with_name(RUNS), "-Wl,-rpath,$ORIGIN", "-o", library)
+    _compile("-shared", unit, unit.with_name(MACHINE), "-Wl,-rpath,$ORIGIN", "-o", library)
     emulate = ctypes.CDLL(str(library)).emulate
     emulate.restype = ctypes.c_char_p
     return emulate

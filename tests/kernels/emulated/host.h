@@ -179,74 +179,30 @@ struct DynamicShared {
   explicit operator U*() const { return (U*)this_emulated_block->shared; }
 };
 
-// Saves the registers that a call preserves, and goes on where those of the other stack were saved.
-extern "C" void change_over(void** from, void* to);
-#if defined(__x86_64__)
-asm(R"(
-.text
-change_over:
-  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
-  mov %rsp, (%rdi)
-  mov %rsi, %rsp
-  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
-  ret
-)");
-constexpr int NUM_SAVED = 6;
-#else
-#error "fibres change over by x86-64 instructions"
-#endif
-
-[[gnu::noinline]] inline void leave_fiber() {
-  change_over(&this_fiber->stack_pointer, scheduler_stack_pointer);
-}
+// Lets others go on; there is something to wait for.
+void look_again();
 
 // The kernel is wrong: this fibre goes on no more.
-[[gnu::noinline]] inline void fail(const std::string& why) {
-  const Block& block = *this_emulated_block;
-  block.launch->fail(why + " (block " + std::to_string(block.index[0]) + ", thread " +
-                     std::to_string(this_fiber->thread) + ")");
-  while (true) leave_fiber();
-}
-
-// Lets others go on; there is something to wait for.
-inline void look_again() { leave_fiber(); }
+[[noreturn]] void fail(const char* why);
 
 // Waits for `count` fibres that meet under one name; the last one does what all wait for.
-template <class All>
-inline void meet(int name, size_t count, const All& all) {
-  std::vector<Fiber*>& there = this_emulated_block->meetings[name];
-  there.push_back(this_fiber);
-  if (there.size() < count) {
-    this_fiber->waits = true;
-    leave_fiber();
-    return;
-  }
-  std::vector<Fiber*> met;
-  met.swap(there);
-  all(met);
-  for (Fiber* fiber : met) fiber->waits = false;
-}
+using All = void(const void* what, std::vector<Fiber*>& met);
+void meet(int name, size_t count, All* all = nullptr, const void* what = nullptr);
 
 enum { ALL_OF_BLOCK = 1000, WARPS_FROM = 2000 };  // names of meetings; barriers have 0 to 15
 
 // What a warp does together: `together` gets the fibres of its lanes.
+void meet_warp(void (*together)(const void* what, Fiber** lanes), const void* what);
+
 template <class Together>
 inline void by_warp(const Together& together) {
-  meet(WARPS_FROM + this_fiber->thread / 32, 32, [&](std::vector<Fiber*>& met) {
-    Fiber* lanes[32];
-    for (Fiber* fiber : met) lanes[fiber->thread % 32] = fiber;
-    together(lanes);
-  });
+  meet_warp([](const void* what, Fiber** lanes) { (*(const Together*)what)(lanes); }, &together);
 }
 
 template <int COUNT>
-inline void meet_at(int barrier) {
-  meet(barrier, COUNT, [](std::vector<Fiber*>&) {});
-}
+inline void meet_at(int barrier) { meet(barrier, COUNT); }
 
-inline void __syncthreads() {
-  meet(ALL_OF_BLOCK, this_emulated_block->fibers.size(), [](std::vector<Fiber*>&) {});
-}
+void __syncthreads();
 
 inline void __syncwarp() { by_warp([](Fiber**) {}); }
 

@@ -12,10 +12,67 @@ thread_local Fiber* this_fiber;
 thread_local void* scheduler_stack_pointer;
 static thread_local const Kernel* kernel_of_block;
 
+// Saves the registers that a call preserves, and goes on where those of the other stack were saved.
+extern "C" void change_over(void** from, void* to);
+#if defined(__x86_64__)
+asm(R"(
+.text
+change_over:
+  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+  ret
+)");
+constexpr int NUM_SAVED = 6;
+#else
+#error "fibres change over by x86-64 instructions"
+#endif
+
+void look_again() { change_over(&this_fiber->stack_pointer, scheduler_stack_pointer); }
+
+void fail(const char* why) {
+  const Block& block = *this_emulated_block;
+  block.launch->fail(why + (" (block " + std::to_string(block.index[0])) + ", thread " +
+                     std::to_string(this_fiber->thread) + ")");
+  while (true) look_again();
+}
+
+void meet(int name, size_t count, All* all, const void* what) {
+  std::vector<Fiber*>& there = this_emulated_block->meetings[name];
+  there.push_back(this_fiber);
+  if (there.size() < count) {
+    this_fiber->waits = true;
+    look_again();
+    return;
+  }
+  std::vector<Fiber*> met;
+  met.swap(there);
+  if (all) all(what, met);
+  for (Fiber* fiber : met) fiber->waits = false;
+}
+
+struct Together {
+  void (*call)(const void*, Fiber**);
+  const void* what;
+};
+
+void meet_warp(void (*together)(const void* what, Fiber** lanes), const void* what) {
+  const Together last = {together, what};
+  const auto all = [](const void* one, std::vector<Fiber*>& met) {
+    Fiber* lanes[32];
+    for (Fiber* fiber : met) lanes[fiber->thread % 32] = fiber;
+    ((const Together*)one)->call(((const Together*)one)->what, lanes);
+  };
+  meet(WARPS_FROM + this_fiber->thread / 32, 32, all, &last);
+}
+
+void __syncthreads() { meet(ALL_OF_BLOCK, this_emulated_block->fibers.size()); }
+
 static void run_fiber() {
   kernel_of_block->call(kernel_of_block->args);
   this_fiber->is_done = true;
-  leave_fiber();
+  look_again();
 }
 
 static void start_fiber(Fiber& fiber, int thread) {
