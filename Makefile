@@ -4,6 +4,7 @@
 # make load    those of them that put the engine and the server under load, some minutes
 # make sanitize  kernel tests under sanitizers, those of emulated GPU kernels among them
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo test soak load sanitize format clean
@@ -25,7 +26,7 @@ test: .venv/.installed
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not soak"
+	$(BIN)/pytest -q -m "not soak" -n $(WORKERS) --dist loadfile
 
 soak: .venv/.installed
 	$(BIN)/pytest -q -m soak

@@ -107,7 +107,7 @@ struct Progress {
   int due;        // the tile at which it is its turn to fetch x
   int wrap;       // at which the ring of x starts again
   int switch_at;  // at which the next weights are those of another share
-  int next_block;  // whose weights those are
+  int asked;      // the block of rows whose weights are asked for until then
   int range_end;  // with which another range begins
   int range;
   Share share;
@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
   bool is_there = row_tile < p.num_row_tiles;
   int left = range_start(p, share.last) - range_start(p, share.first) - 1;  // tiles of next's share behind it
-  int next_block = share.block;
+  int asked = share.block;
   // the first weights are on their way before anything else happens
 #if AHEAD
   next.room = behind_x + TOTAL_BYTES + (l.warp * AHEAD * KEPT_BYTES + l.lane * 16);
@@ -156,11 +156,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (ahead) {
       if (left == 0) {
         const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
-        is_there = next_block > begin / RANGES;
+        is_there = asked > begin / RANGES;
         if (is_there) {
-          const Share other = share_of(begin, end, --next_block);
+          const Share other = share_of(begin, end, --asked);
           left = range_start(p, other.last) - range_start(p, other.first);
-          next.seek(p, l, next_block * WARPS + l.warp, range_start(p, other.first) - 1);
+          next.seek(p, l, asked * WARPS + l.warp, range_start(p, other.first) - 1);
         }
       }
       next.skip(), left--;
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, seldom, l.lane);
     if (l.lane == 0) {
       turns[l.warp] = turn;
-      at.due = turn.due(p, num_tiles), at.wrap = 0, at.switch_at = left, at.next_block = next_block;
+      at.due = turn.due(p, num_tiles), at.wrap = 0, at.switch_at = left, at.asked = asked;
       at.range = share.first;
       at.range_end = range_start(p, share.first + 1) - range_start(p, share.first);
       at.share.block = share.block, at.share.first = share.first, at.share.last = share.last;
@@ -228,12 +228,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       if (tile == switch_at) {
         is_there = tile + LOOKAHEAD < rare.num_tiles;
         if (is_there) {
-          const Share other = share_of(rare.begin, rare.end, at.next_block - 1);
+          const Share other = share_of(rare.begin, rare.end, at.asked - 1);
           const int first_column = range_start(p, other.first);
           next.seek(p, l, other.block * WARPS + l.warp, first_column - 1);
           switch_at += p.num_col_tiles - first_column;
           __syncwarp();
-          if (l.lane == 0) at.switch_at = switch_at, at.next_block = other.block;
+          if (l.lane == 0) at.switch_at = switch_at, at.asked = other.block;
         }
       }
       int stop = min((int)at.range_end, wrap);
