@@ -69,7 +69,7 @@ def test_the_instances_that_are_chosen_are_among_all(form, monkeypatch):
 def test_the_fastest_instances_are_shown(capsys, monkeypatch):
     def measure(shape, rows, *, cases, group, layers, rounds):
         ((linear, _),) = shape.items()
-        assert (rows, group, rounds) == ([64], 128, 3)
+        assert (rows, group, layers, rounds) == ([64], 128, 8, 3)
         times = {name: 50.0 + index for index, name in enumerate(reversed(cases))}
         rows = [{"case": name, "rows": 64, "us": us} for name, us in times.items()]
         return {"results": [*rows, {"case": f"cublas: {linear}", "rows": 64, "us": 1.0}]}
@@ -82,7 +82,9 @@ def test_the_fastest_instances_are_shown(capsys, monkeypatch):
     monkeypatch.setattr(gpu_linears, "bench", measure)
     monkeypatch.setattr(gpu_instances, "instances", instances)
     monkeypatch.setattr(gpu_instances, "_compile", lambda *_: None)
+    monkeypatch.setattr(gpu_instances, "_compare", lambda *_: 32 << 20)
     monkeypatch.setattr(gpu_instances.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_instances.torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(gpu_instances.torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(bench, "_backend", lambda _: "cuda")
     command = ["bench", "kernels", "--shape", "llama-3-8b", "--rows", "64", "--group", "128"]
@@ -98,6 +100,9 @@ def test_the_fastest_instances_are_shown(capsys, monkeypatch):
     ]
     assert len(lines) == 16
     assert bench_options.INSTANCE_CASES == gpu_instances.CASES
+    monkeypatch.setattr(gpu_instances.torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert main(command) == 2
+    assert "a GPU runs neither split.cu nor wide.cu" in capsys.readouterr().err
 
 
 def test_instances_need_a_shape_and_a_case_that_is_known(capsys):

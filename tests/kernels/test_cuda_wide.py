@@ -101,6 +101,30 @@ def test_the_cut_changes_no_bit(form: str, cut: dict[str, Any]) -> None:
 
 
 @gpu
+@pytest.mark.parametrize(
+    ("form", "view", "group"),
+    [("bfloat16", "verify", 128), ("signed8", "verify", 64), ("affine4_offset", "verify", 32),
+     ("affine8_offset", "a8", 128), ("affine4_f16", "a4", 32), ("signed16", "a8 g128", 128)],
+)  # fmt: skip
+def test_weights_that_wait_in_shared_memory(form: str, view: str, group: int) -> None:
+    packed, x = layout.pack(random_stored(form, 1056, 2432, group)), fresh(64, 2432)
+    usual, other = poisoned(64, 1056), poisoned(64, 1056)
+    one = product(x, packed, VIEWS[view], usual)
+    wide.multiply(one)
+    for groups, ahead, total_stays in ((2, 1, False), (2, 2, True), (3, 1, False), (2, 0, True)):
+        chosen = wide.Tuning(groups, 3, ahead=ahead, total_stays=total_stays)
+        wide.multiply(replace(one, out=other.fill_(torch.nan)), chosen)
+        assert_same_bits(other, usual)
+
+
+def test_an_instance_without_room_for_x_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "num_multiprocessors", lambda _: 132)
+    packed, x = layout.pack(random_stored("signed16", 256, 1024, 128), "cpu"), torch.zeros(64, 1024)
+    with pytest.raises(AssertionError, match="no room for x beside Tuning"):
+        wide.multiply(product(x, packed, VERIFY, x), wide.Tuning(groups=4, ahead=2))
+
+
+@gpu
 def test_a_bias_and_a_rounded_output() -> None:
     packed, x, bias = (
         layout.pack(random_stored("signed16", 1000, 576, 64)),

@@ -1,7 +1,8 @@
 """Which instances of the linears' kernels are fastest; so those in split.py and wide.py are chosen.
 
 Every instance that fits computes one linear of a layer at a time, in turn with the others, as in
-`gpu_linears`. For who tunes another GPU, or has changed a kernel.
+`gpu_linears`, after its result was compared, bit for bit. For who has changed a kernel, or tunes
+another GPU that split.cu and wide.cu run on (Hopper).
 """
 
 import math
@@ -17,10 +18,12 @@ import torch
 from qspec_llm.bench import gpu_linears
 from qspec_llm.bench.gpu_linears import HEAD_DIM, Case
 from qspec_llm.errors import QSpecError
+from qspec_llm.kernels import Rows
 from qspec_llm.kernels.cuda import split, wide
 from qspec_llm.kernels.cuda.compile import Kernel, architecture, compile_source
 from qspec_llm.kernels.cuda.form import RANGES, Form, form_of
-from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS
+from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS, pack
+from qspec_llm.kernels.cuda.linear import linear
 from qspec_llm.model.load import draft_group
 from qspec_llm.weights.planes import Planes
 from qspec_llm.weights.quantize import Recipe, nest
@@ -31,9 +34,12 @@ CASES = ("verify bf16", "verify int4", "draft a8")
 MOST_THREADS = 1024  # of a block
 FEWEST_STAGES = 3  # of x in shared memory, with which wide.cu still fetches one ahead
 SHOWN = 4  # instances of a linear
+LEAST_BYTES = 256 << 20  # of the matrices that take turns: more than any L2 holds
+CAPABILITY = (9, 0)
 CHOSEN = "chosen"
 
-Instance = tuple[split.Tuning | wide.Tuning, Kernel]
+Tuning = split.Tuning | wide.Tuning
+Instance = tuple[Tuning, Kernel]
 
 
 def instances(
@@ -49,11 +55,14 @@ def instances(
             if laid and 32 * teams * RANGES // parts <= MOST_THREADS:
                 yield one, split.instance(form, token_tiles, one, laid)
     if num_tokens >= wide.LEAST_TOKENS:
-        units = (None, 1, 2, 4, 8) if col_tiles >= RANGES else (None,)
+        seen = set()
+        units = (None, 1, 2, 4, 8)
         for groups, each, ahead, stays in product((2, 3, 4), units, (0, 1, 2), (False, True)):
             other = wide.Tuning(groups, each, ahead=ahead, total_stays=stays)
             found = wide.instance(form, row_tiles, col_tiles, num_tokens, device, other)
-            if found.num_stages >= FEWEST_STAGES:
+            launch = (found.kernel.defines, found.grid)
+            if found.num_stages >= FEWEST_STAGES and launch not in seen:
+                seen.add(launch)
                 yield other, found.kernel
 
 
@@ -63,7 +72,6 @@ def bench(
     case: str,
     *,
     group: int = 128,
-    layers: int = 4,
     rounds: int = 9,
 ) -> dict[str, Any]:
     """Time every instance of one case.
@@ -73,18 +81,22 @@ def bench(
         rows: numbers of rows of x.
         case: of `CASES`.
         group: weights that share one scale.
-        layers: matrices a graph multiplies with, one after the other.
         rounds: replays of each graph that count.
 
     Returns:
         Microseconds by linear, rows and instance, that of the engine as "chosen"; ready for JSON.
 
     Raises:
-        QSpecError: no such case.
+        QSpecError: no such case, another kind of GPU, or an instance computes something else.
     """
     if case not in CASES:
         raise QSpecError(f"instances of {case!r} are not measured; give one of {', '.join(CASES)}")
     device = torch.cuda.current_device()
+    if torch.cuda.get_device_capability(device) != CAPABILITY:
+        raise QSpecError(
+            f"{torch.cuda.get_device_name()} runs neither split.cu nor wide.cu, whose instances "
+            "are measured; both need Hopper (sm_90)"
+        )
     one = gpu_linears.CASES[case]
     results: list[dict[str, Any]] = []
     for name, (num_rows, num_cols) in gpu_linears.shapes_of(shape).items():
@@ -92,6 +104,7 @@ def bench(
         for count in rows:
             found = list(instances(form, count, num_rows, num_cols, device))
             _compile([kernel for _, kernel in found], device)
+            weight = _compare(one, group, (num_rows, num_cols), count, [each for each, _ in found])
             cases = {"cublas": gpu_linears.CASES["cublas"], CHOSEN: one}
             cases |= {_label(tuning): replace(one, tuning=tuning) for tuning, _ in found}
             report = gpu_linears.bench(
@@ -99,7 +112,7 @@ def bench(
                 [count],
                 cases=cases,
                 group=group,
-                layers=layers,
+                layers=math.ceil(LEAST_BYTES / weight),
                 rounds=rounds,
             )
             results += [
@@ -113,7 +126,6 @@ def bench(
         "shape": shape,
         "case": case,
         "group": group,
-        "layers": layers,
         "rounds": rounds,
         "results": results,
     }
@@ -136,7 +148,34 @@ def _compile(kernels: Sequence[Kernel], device: int) -> None:
         list(pool.map(lambda one: compile_source(one[0], arch, one[1]), missing))
 
 
-def _label(tuning: split.Tuning | wide.Tuning) -> str:
+def _compare(
+    case: Case, group: int, shape: tuple[int, int], count: int, found: Sequence[Tuning]
+) -> int:
+    """Check that every instance computes the same bits; the bytes that the case reads.
+
+    Raises:
+        QSpecError: one does not.
+    """
+    assert case.target is not None
+    plain = torch.randn(shape, device="cuda")
+    stored = nest(plain, Recipe(case.target, group, clip_steps=1))
+    assert isinstance(stored, Planes)
+    packed, x = pack(stored), torch.randn(count, shape[1], device="cuda").bfloat16()
+    view = replace(case.view, group=draft_group([stored.spec], HEAD_DIM))
+    some = torch.zeros(1, dtype=torch.int64)
+    rows = Rows(some, some, some, some, some, is_prompt=False)
+    chosen = linear(x, packed, None, view, rows)
+    for one in found:
+        out = torch.full_like(chosen, torch.nan)
+        if not torch.equal(linear(x, packed, None, view, rows, out=out, chosen=one), chosen):
+            raise QSpecError(
+                f"{_label(one)} computes other sums of {shape} than the chosen instance"
+            )
+    buffers = packed.tensors()
+    return buffers[0].nbytes if view.is_draft else sum(one.nbytes for one in buffers)
+
+
+def _label(tuning: Tuning) -> str:
     """What differs from the usual: "wide groups=2 ahead=1"."""
     kernel = "wide" if isinstance(tuning, wide.Tuning) else "split"
     values = [
@@ -156,9 +195,9 @@ def show(report: dict[str, Any]) -> str:
     found: dict[tuple[str, int], dict[str, float]] = {}
     for row in report["results"]:
         found.setdefault((row["linear"], row["rows"]), {})[row["instance"]] = row["us"]
-    for (linear, count), times in found.items():
+    for (name, count), times in found.items():
         cublas, chosen = times.pop("cublas"), times.pop(CHOSEN)
-        lines.append(f"{linear}, {count} rows: cublas {cublas:.1f}, {CHOSEN} {chosen:.1f}")
-        best = sorted(times, key=lambda name: times[name])[:SHOWN]
-        lines += [f"{times[name]:10.1f}  {name}" for name in best]
+        lines.append(f"{name}, {count} rows: cublas {cublas:.1f}, {CHOSEN} {chosen:.1f}")
+        best = sorted(times.items(), key=lambda one: one[1])[:SHOWN]
+        lines += [f"{us:10.1f}  {label}" for label, us in best]
     return "\n".join(lines)

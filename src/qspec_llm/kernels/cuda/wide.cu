@@ -127,10 +127,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   ring.meta = ring.x + p.num_stages * X_BYTES;
   ring.full = computed_once(smem_address(barriers));
   ring.empty = ring.full + MAX_STAGES * 8;
-  const u32 behind_x = ring.meta + p.num_stages * META_BYTES;
+  u32 room = ring.meta + p.num_stages * META_BYTES;  // behind x
   Total total;
 #if !TOTAL_STAYS
-  total.at = behind_x + threadIdx.x * 16;
+  total.at = room + threadIdx.x * 16;
+  room += THREADS * NT * 16;
 #endif
 
   Raw raw = {};
@@ -148,12 +149,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   int asked = share.block;
   // the first weights are on their way before anything else happens
 #if AHEAD
-  next.room = behind_x + TOTAL_BYTES + (l.warp * AHEAD * KEPT_BYTES + l.lane * 16);
+  next.room = room + (l.warp * AHEAD * KEPT_BYTES + l.lane * 16);
   next.rooms = 2 * next.room + (AHEAD - 1) * KEPT_BYTES;
 #endif
 #pragma unroll
   for (int ahead = 0; ahead < LOOKAHEAD; ahead++) {
-    if (ahead) {
+    if (ahead) {  // the second of two; the loop over tiles goes on as this does
       if (left == 0) {
         const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
         is_there = asked > begin / RANGES;

@@ -298,7 +298,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     }
 #endif
     settle(now[0]), settle(now[1]);
-#if BITS
+#if BITS || AHEAD
     if (pair % 2) next.ask_for_half(raw, is_there, h);
 #endif
     wgmma_begin();
@@ -307,7 +307,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       wgmma_bf16<true>(acc, now[i], tile.x + (h * (X_BYTES / 2) + (pair % 2 * 2 + i) * 32) / 16);
     }
     wgmma_commit();
-#if !BITS
+#if !BITS && !AHEAD
     if (pair % 2) {
       wgmma_wait<0>();  // these products read the very registers that the load writes
       next.ask_for_half(raw, is_there, h);

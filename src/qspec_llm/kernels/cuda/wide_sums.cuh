@@ -1,4 +1,4 @@
-// What becomes of a range's sums: totals of shares in shared memory, sums and totals that thread blocks of the
+// What becomes of a range's sums: totals of shares, sums and totals that thread blocks of the
 // same rows leave for each other, results.
 
 #pragma once

@@ -77,7 +77,7 @@ struct Stream {
   int to_scales;  // from base; a third pointer is more than the registers hold
 #if AHEAD
   u32 room;   // where this lane finds the tile that is multiplied
-  u32 rooms;  // of two, the sum of their addresses
+  u32 rooms;  // the sum of the addresses of two: room = rooms - room is the other one
 #endif
 
   DEVICE void seek(const Problem& p, const Lane& l, int row_tile, int column) {
@@ -115,11 +115,13 @@ struct Stream {
 #pragma unroll
       for (int i = 0; i < PIECES; i++) copy16(room + (h * PIECES + i) * 512, piece(h, i));
 #if BITS
+      if (h == 0) {
 #pragma unroll
-      for (int i = 0; h == 0 && i < PLANE_WORDS * (1 + OFFSET); i++) {
-        const int which = i / PLANE_WORDS, word = i % PLANE_WORDS;
-        copy4(room + 2 * PIECES * 512 + i * 4,
-              base + to_scales + which * (GROUPS_PER_TILE * 32) + word * 16);
+        for (int i = 0; i < PLANE_WORDS * (1 + OFFSET); i++) {
+          const int which = i / PLANE_WORDS, word = i % PLANE_WORDS;
+          copy4(room + 2 * PIECES * 512 + i * 4,
+                base + to_scales + which * (GROUPS_PER_TILE * 32) + word * 16);
+        }
       }
 #endif
     }

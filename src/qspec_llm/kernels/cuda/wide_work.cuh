@@ -19,8 +19,6 @@
 #define ITEMS (THREADS * NT)  // groups of four sums in a block's range
 #define ROLLS (BITS == 16 && NT > 8)  // products stay in flight from tile to tile
 
-#define TOTAL_BYTES (TOTAL_STAYS ? 0 : THREADS * NT * 16)
-
 struct Problem {
   const u8* meta;  // [groups][pitch] {float scale, int sum}
   const u8* base;  // [row tiles][column tiles][BASE_BYTES]
