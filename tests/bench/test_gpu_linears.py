@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from qspec_llm.bench import gpu_instances, gpu_linears
 from qspec_llm.cli import bench, bench_options, main
-from qspec_llm.kernels.cuda import split, wide
+from qspec_llm.kernels.cuda import layout, split, wide
 from qspec_llm.kernels.cuda.form import Form
+from qspec_llm.weights.quantize import Recipe, nest
 
 LAYER = ["bench", "kernels", "--shape", "llama-3-8b", "--rows", "1", "8", "--group", "128"]
 
@@ -74,6 +76,10 @@ def test_the_fastest_instances_are_shown(capsys, monkeypatch):
         rows = [{"case": name, "rows": 64, "us": us} for name, us in times.items()]
         return {"results": [*rows, {"case": f"cublas: {linear}", "rows": 64, "us": 1.0}]}
 
+    def some_weight(case, group, num_rows, num_cols):
+        planes = nest(torch.randn(1, num_cols), Recipe(case.target, group, clip_steps=1))
+        return layout.pack(planes, "cpu"), case.view
+
     def instances(form, *_):
         assert form == Form(bits=16, base_bytes=form.base_bytes, rest_bytes=form.rest_bytes)
         for ahead in (0, 1, 2):
@@ -82,7 +88,9 @@ def test_the_fastest_instances_are_shown(capsys, monkeypatch):
     monkeypatch.setattr(gpu_linears, "bench", measure)
     monkeypatch.setattr(gpu_instances, "instances", instances)
     monkeypatch.setattr(gpu_instances, "_compile", lambda *_: None)
-    monkeypatch.setattr(gpu_instances, "_compare", lambda *_: 32 << 20)
+    monkeypatch.setattr(gpu_instances, "_compare", lambda *_: None)
+    monkeypatch.setattr(gpu_instances, "_some_weight", some_weight)
+    monkeypatch.setattr(gpu_linears, "bytes_read", lambda *_: 32 << 20)
     monkeypatch.setattr(gpu_instances.torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(gpu_instances.torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(gpu_instances.torch.cuda, "get_device_name", lambda: "a GPU")

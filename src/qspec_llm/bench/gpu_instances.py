@@ -18,15 +18,14 @@ import torch
 from qspec_llm.bench import gpu_linears
 from qspec_llm.bench.gpu_linears import HEAD_DIM, Case
 from qspec_llm.errors import QSpecError
-from qspec_llm.kernels import Rows
 from qspec_llm.kernels.cuda import split, wide
 from qspec_llm.kernels.cuda.compile import Kernel, architecture, compile_source
-from qspec_llm.kernels.cuda.form import RANGES, Form, form_of
-from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS, pack
-from qspec_llm.kernels.cuda.linear import linear
+from qspec_llm.kernels.cuda.form import RANGES, Form, form_of_weight
+from qspec_llm.kernels.cuda.layout import TILE_COLS, TILE_ROWS, PackedPlanes, pack
+from qspec_llm.kernels.cuda.linear import Tuning, linear
 from qspec_llm.model.load import draft_group
-from qspec_llm.weights.planes import Planes
 from qspec_llm.weights.quantize import Recipe, nest
+from qspec_llm.weights.view import View
 
 __all__ = ["CASES", "bench", "instances", "show"]
 
@@ -35,10 +34,8 @@ MOST_THREADS = 1024  # of a block
 FEWEST_STAGES = 3  # of x in shared memory, with which wide.cu still fetches one ahead
 SHOWN = 4  # instances of a linear
 LEAST_BYTES = 256 << 20  # of the matrices that take turns: more than any L2 holds
-CAPABILITY = (9, 0)
 CHOSEN = "chosen"
 
-Tuning = split.Tuning | wide.Tuning
 Instance = tuple[Tuning, Kernel]
 
 
@@ -92,7 +89,7 @@ def bench(
     if case not in CASES:
         raise QSpecError(f"instances of {case!r} are not measured; give one of {', '.join(CASES)}")
     device = torch.cuda.current_device()
-    if torch.cuda.get_device_capability(device) != CAPABILITY:
+    if not wide.can_run(wide.LEAST_TOKENS, device):
         raise QSpecError(
             f"{torch.cuda.get_device_name()} runs neither split.cu nor wide.cu, whose instances "
             "are measured; both need Hopper (sm_90)"
@@ -100,11 +97,12 @@ def bench(
     one = gpu_linears.CASES[case]
     results: list[dict[str, Any]] = []
     for name, (num_rows, num_cols) in gpu_linears.shapes_of(shape).items():
-        form = _form(one, group, num_cols)
+        weight, view = _some_weight(one, group, num_rows, num_cols)
+        form = form_of_weight(weight, view)
         for count in rows:
             found = list(instances(form, count, num_rows, num_cols, device))
             _compile([kernel for _, kernel in found], device)
-            weight = _compare(one, group, (num_rows, num_cols), count, [each for each, _ in found])
+            _compare(weight, view, count, [tuning for tuning, _ in found])
             cases = {"cublas": gpu_linears.CASES["cublas"], CHOSEN: one}
             cases |= {_label(tuning): replace(one, tuning=tuning) for tuning, _ in found}
             report = gpu_linears.bench(
@@ -112,7 +110,7 @@ def bench(
                 [count],
                 cases=cases,
                 group=group,
-                layers=math.ceil(LEAST_BYTES / weight),
+                layers=math.ceil(LEAST_BYTES / gpu_linears.bytes_read(weight, view)),
                 rounds=rounds,
             )
             results += [
@@ -131,13 +129,13 @@ def bench(
     }
 
 
-def _form(case: Case, group: int, num_cols: int) -> Form:
-    """How the case reads weights such as `gpu_linears` makes."""
+def _some_weight(case: Case, group: int, num_rows: int, num_cols: int) -> tuple[PackedPlanes, View]:
+    """A matrix such as `gpu_linears` makes, and the view that reads it."""
     assert case.target is not None
-    stored = nest(torch.randn(1, num_cols), Recipe(case.target, group, clip_steps=1))
-    assert isinstance(stored, Planes), "random weights can be nested"
-    view = replace(case.view, group=draft_group([stored.spec], HEAD_DIM))
-    return form_of(stored.spec, view)
+    plain = torch.randn(num_rows, num_cols, device="cuda")
+    packed = pack(nest(plain, Recipe(case.target, group, clip_steps=1)))
+    assert isinstance(packed, PackedPlanes), "random weights can be nested"
+    return packed, replace(case.view, group=draft_group([packed.spec], HEAD_DIM))
 
 
 def _compile(kernels: Sequence[Kernel], device: int) -> None:
@@ -148,31 +146,19 @@ def _compile(kernels: Sequence[Kernel], device: int) -> None:
         list(pool.map(lambda one: compile_source(one[0], arch, one[1]), missing))
 
 
-def _compare(
-    case: Case, group: int, shape: tuple[int, int], count: int, found: Sequence[Tuning]
-) -> int:
-    """Check that every instance computes the same bits; the bytes that the case reads.
+def _compare(weight: PackedPlanes, view: View, count: int, found: Sequence[Tuning]) -> None:
+    """Check that every instance computes the same bits.
 
     Raises:
         QSpecError: one does not.
     """
-    assert case.target is not None
-    plain = torch.randn(shape, device="cuda")
-    stored = nest(plain, Recipe(case.target, group, clip_steps=1))
-    assert isinstance(stored, Planes)
-    packed, x = pack(stored), torch.randn(count, shape[1], device="cuda").bfloat16()
-    view = replace(case.view, group=draft_group([stored.spec], HEAD_DIM))
-    some = torch.zeros(1, dtype=torch.int64)
-    rows = Rows(some, some, some, some, some, is_prompt=False)
-    chosen = linear(x, packed, None, view, rows)
+    x = torch.randn(count, weight.shape[1], device="cuda").bfloat16()
+    rows = gpu_linears.generated_rows()
+    wanted = linear(x, weight, None, view, rows)
     for one in found:
-        out = torch.full_like(chosen, torch.nan)
-        if not torch.equal(linear(x, packed, None, view, rows, out=out, chosen=one), chosen):
-            raise QSpecError(
-                f"{_label(one)} computes other sums of {shape} than the chosen instance"
-            )
-    buffers = packed.tensors()
-    return buffers[0].nbytes if view.is_draft else sum(one.nbytes for one in buffers)
+        out = torch.full_like(wanted, torch.nan)
+        if not torch.equal(linear(x, weight, None, view, rows, out=out, chosen=one), wanted):
+            raise QSpecError(f"{_label(one)} computes other sums than the instance that is chosen")
 
 
 def _label(tuning: Tuning) -> str:

@@ -27,7 +27,16 @@ from qspec_llm.model.load import draft_group
 from qspec_llm.weights.quantize import Recipe, Target, nest
 from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 
-__all__ = ["CASES", "HEAD_DIM", "Case", "bench", "shapes_of", "show"]
+__all__ = [
+    "CASES",
+    "HEAD_DIM",
+    "Case",
+    "bench",
+    "bytes_read",
+    "generated_rows",
+    "shapes_of",
+    "show",
+]
 
 READ_BYTES = 2 << 30
 HEAD_DIM = 128  # where only [N, K] are known
@@ -173,8 +182,7 @@ def _runner(
     head_dim: int,
 ) -> Callable[[], None]:
     """Calls the linears of every layer once, on activations that lie ready."""
-    some = torch.zeros(1, dtype=torch.int64)
-    rows = Rows(some, some, some, some, some, is_prompt=False)
+    rows = generated_rows()
     specs = [one.spec for one in weights[0].values() if isinstance(one, PackedPlanes)]
     view = replace(case.view, group=draft_group(specs, head_dim))  # as such a model is read
     inputs: dict[str, Any] = {}
@@ -223,16 +231,24 @@ def _replay(graphs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tup
     return {name: (statistics.median(values), min(values)) for name, values in times.items()}
 
 
+def generated_rows() -> Rows:
+    """What `linear` looks at of rows: that they are not a prompt's."""
+    some = torch.zeros(1, dtype=torch.int64)
+    return Rows(some, some, some, some, some, is_prompt=False)
+
+
+def bytes_read(packed: PackedMatrix, view: View) -> int:
+    """Bytes of a packed matrix that a view reads."""
+    buffers = packed.tensors()
+    return buffers[0].nbytes if view.is_draft else sum(one.nbytes for one in buffers)
+
+
 def _bytes(case: Case, linears: dict[str, tuple[int, int]], weights: _Weights) -> int:
     """Bytes of weights that a layer reads."""
     total = 0
     for name, (n, k) in linears.items():
         one = weights[0][name]
-        if isinstance(one, Tensor):
-            total += n * k * 2
-            continue
-        buffers = one.tensors()
-        total += buffers[0].nbytes if case.view.is_draft else sum(b.nbytes for b in buffers)
+        total += n * k * 2 if isinstance(one, Tensor) else bytes_read(one, case.view)
     return total
 
 

@@ -62,7 +62,6 @@ DEVICE void store_shared4(u32 at, const float (&v)[4]) {
 }
 DEVICE void zero_shared4(u32 at) { set_shared(at, uint4{}); }
 
-
 void load_matrices(u32 (&b)[4], u32 at);
 void load_transposed(u32 (&b)[4], u32 at);
 void load_transposed(u32 (&b)[2], u32 at);
@@ -77,7 +76,6 @@ DEVICE u32 load_once_u16(const void* from) { return *(const u16*)from; }
 DEVICE void prefetch_line(const void*) {}
 
 DEVICE u32 computed_once(u32 value) { return value; }
-
 
 // Arrives now, or not before it is waited for.
 void copy_or_zero(u32 to, const void* from, bool is_inside);
@@ -212,7 +210,6 @@ inline Sum added(Sum sum, const Value (&left)[COLUMNS], const Value (&right)[COL
   return (Sum)(sum + product);
 }
 
-
 void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
 
 void mma_u8s8(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
@@ -226,7 +223,6 @@ DEVICE void wait_for_earlier_kernels() {}
 
 // ---- barriers in shared memory, the copy engine, clusters ------------------------------------------
 
-
 void barrier_init(u32 bar, u32 arrivals);
 
 DEVICE void publish_barriers() {}
@@ -237,7 +233,6 @@ void barrier_expect(u32 bar, u32 bytes);
 void barrier_wait(u32 bar, u32 parity);
 
 DEVICE u64 evict_first_policy() { return 0; }
-
 
 void bulk_load_multicast(u32 to, const void* from, u32 bytes, u32 bar, u32 blocks);
 
