@@ -20,8 +20,11 @@ def test_a_layer_is_measured_on_a_gpu_only(capsys):
 
 
 def test_a_layer_is_shown(capsys, monkeypatch):
-    def measure(shape, rows, *, group, rounds):
+    asked = []
+
+    def measure(shape, rows, *, cases, group, rounds):
         assert (shape, rows, group, rounds) == ("llama-3-8b", [1, 8], 128, 9)
+        asked.append(cases)
         results = [
             {"case": name, "rows": count, "us": us * count, "against_cublas": us / 100}
             for name, us in (("cublas", 100.0), ("draft a8", 25.0))
@@ -45,6 +48,10 @@ def test_a_layer_is_shown(capsys, monkeypatch):
     assert draft.split() == ["draft", "a8", "25.0", "0.25x", "200.0", "0.25x"]
     assert main([*LAYER, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["us"] == 100
+    assert main([*LAYER, "--prompts"]) == 0
+    assert asked == [gpu_linears.CASES, gpu_linears.CASES, gpu_linears.PROMPT_CASES]
+    assert {"cublas", "verify bf16"} <= gpu_linears.PROMPT_CASES.keys()
+    assert all(case.is_prompt for case in gpu_linears.PROMPT_CASES.values())
 
 
 # Instances
@@ -113,9 +120,15 @@ def test_the_fastest_instances_are_shown(capsys, monkeypatch):
     assert "a GPU runs neither split.cu nor wide.cu" in capsys.readouterr().err
 
 
-def test_instances_need_a_shape_and_a_case_that_is_known(capsys):
-    assert main(["bench", "kernels", "--instances", "draft a8", "--backend", "reference"]) == 2
+def test_instances_need_a_shape_and_a_case_that_is_known(capsys, monkeypatch):
+    plain = ["bench", "kernels", "--backend", "reference"]
+    assert main([*plain, "--instances", "draft a8"]) == 2
     assert "--instances needs --shape" in capsys.readouterr().err
+    assert main([*plain, "--prompts"]) == 2
+    assert "--prompts needs --shape" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "_backend", lambda _: "cuda")
+    assert main([*LAYER, "--prompts", "--instances", "draft a8"]) == 2
+    assert "--instances are of generated rows" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*LAYER, "--instances", "draft a4"])
     assert "draft a4" in capsys.readouterr().err

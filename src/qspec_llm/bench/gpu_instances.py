@@ -153,7 +153,7 @@ def _compare(weight: PackedPlanes, view: View, count: int, found: Sequence[Tunin
         QSpecError: one does not.
     """
     x = torch.randn(count, weight.shape[1], device="cuda").bfloat16()
-    rows = gpu_linears.generated_rows()
+    rows = gpu_linears.rows_of(is_prompt=False)
     wanted = linear(x, weight, None, view, rows)
     for one in found:
         out = torch.full_like(wanted, torch.nan)

@@ -30,10 +30,11 @@ from qspec_llm.weights.view import VERIFY, Activation, View, draft_view
 __all__ = [
     "CASES",
     "HEAD_DIM",
+    "PROMPT_CASES",
     "Case",
     "bench",
     "bytes_read",
-    "generated_rows",
+    "rows_of",
     "shapes_of",
     "show",
 ]
@@ -51,12 +52,14 @@ class Case:
         view: what is read.
         pdl: programmatic dependent launch.
         tuning: another instance than the chosen one.
+        is_prompt: rows of a prompt.
     """
 
     target: Target | None
     view: View = VERIFY
     pdl: bool = True
     tuning: Tuning | None = None
+    is_prompt: bool = False
 
 
 CASES = {
@@ -67,6 +70,11 @@ CASES = {
     "verify int4": Case(Target.INT4),
     "draft a8 of int4": Case(Target.INT4, draft_view(Activation.A8)),
     "verify int8": Case(Target.INT8),
+}
+PROMPT_CASES = {
+    name: replace(case, is_prompt=True)
+    for name, case in CASES.items()
+    if not case.view.is_draft  # prompts know no draft
 }
 
 
@@ -182,7 +190,7 @@ def _runner(
     head_dim: int,
 ) -> Callable[[], None]:
     """Calls the linears of every layer once, on activations that lie ready."""
-    rows = generated_rows()
+    rows = rows_of(case.is_prompt)
     specs = [one.spec for one in weights[0].values() if isinstance(one, PackedPlanes)]
     view = replace(case.view, group=draft_group(specs, head_dim))  # as such a model is read
     inputs: dict[str, Any] = {}
@@ -231,10 +239,10 @@ def _replay(graphs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tup
     return {name: (statistics.median(values), min(values)) for name, values in times.items()}
 
 
-def generated_rows() -> Rows:
-    """What `linear` looks at of rows: that they are not a prompt's."""
+def rows_of(is_prompt: bool) -> Rows:
+    """What `linear` looks at of rows: whether they are a prompt's."""
     some = torch.zeros(1, dtype=torch.int64)
-    return Rows(some, some, some, some, some, is_prompt=False)
+    return Rows(some, some, some, some, some, is_prompt)
 
 
 def bytes_read(packed: PackedMatrix, view: View) -> int:

@@ -58,8 +58,9 @@ def _kernels(args: argparse.Namespace) -> dict[str, Any]:
     backend = _backend(args)
     if args.shape is not None:
         return _layer(args, backend)
-    if args.instances is not None:
-        raise QSpecError("--instances needs --shape, whose linears are measured")
+    if args.prompts or args.instances is not None:
+        option = "--prompts" if args.prompts else "--instances"
+        raise QSpecError(f"{option} needs --shape, whose linears are measured")
     with progress_bar() as bar:
         task = bar.add_task("kernels", total=None)
         report = kernels.bench(
@@ -82,12 +83,15 @@ def _layer(args: argparse.Namespace, backend: str) -> dict[str, Any]:
             f"bench kernels --shape needs the cuda backend, not {backend!r}: elsewhere give the "
             "matrices with --shapes"
         )
+    if args.prompts and args.instances is not None:
+        raise QSpecError("--instances are of generated rows; give it or --prompts")
     options = {"group": args.group, "rounds": args.rounds}
     if args.instances is not None:
         report = gpu_instances.bench(args.shape, args.rows, args.instances, **options)
         text = gpu_instances.show(report)
     else:
-        report = gpu_linears.bench(args.shape, args.rows, **options)
+        cases = gpu_linears.PROMPT_CASES if args.prompts else gpu_linears.CASES
+        report = gpu_linears.bench(args.shape, args.rows, cases=cases, **options)
         text = gpu_linears.show(report)
     if not args.json:
         print(text)

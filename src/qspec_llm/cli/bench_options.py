@@ -41,6 +41,11 @@ def add_bench(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="instead, on a GPU: the linears of a layer of that shape, every view against cuBLAS",
     )
     kernels.add_argument(
+        "--prompts",
+        action="store_true",
+        help="with --shape: rows of a prompt, of which there are some hundreds",
+    )
+    kernels.add_argument(
         "--instances",
         choices=INSTANCE_CASES,
         metavar="CASE",
