@@ -71,7 +71,7 @@ def test_the_instances_that_are_chosen_are_among_all(form, monkeypatch):
             token_tiles = -(-num_tokens // 8)
             assert split.tuning(form, token_tiles, 1792, 132) in found
         if num_tokens > split.MAX_TOKENS:
-            assert wide.tuning(form, wide.tiles_of(form, num_tokens)) in found
+            assert wide.tuning(form, 1792, 32, num_tokens, 0) in found
             assert not any(label.startswith("split") for label in labels)
 
 
@@ -89,8 +89,8 @@ def test_the_fastest_instances_are_shown(capsys, monkeypatch):
 
     def instances(form, *_):
         assert form == Form(bits=16, base_bytes=form.base_bytes, rest_bytes=form.rest_bytes)
-        for ahead in (0, 1, 2):
-            yield wide.Tuning(groups=2, ahead=ahead), None
+        for units in (None, 1, 2):
+            yield wide.Tuning(groups=2, units=units), None
 
     monkeypatch.setattr(gpu_linears, "bench", measure)
     monkeypatch.setattr(gpu_instances, "instances", instances)
@@ -109,8 +109,8 @@ def test_the_fastest_instances_are_shown(capsys, monkeypatch):
     assert "a GPU, llama-3-8b, verify bf16, groups of 128" in heading
     assert lines[:4] == [
         "qkv, 64 rows: cublas 54.0, chosen 53.0",
-        "      50.0  wide groups=2 ahead=2",
-        "      51.0  wide groups=2 ahead=1",
+        "      50.0  wide groups=2 units=2",
+        "      51.0  wide groups=2 units=1",
         "      52.0  wide groups=2",
     ]
     assert len(lines) == 16

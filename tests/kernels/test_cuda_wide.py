@@ -35,8 +35,6 @@ CUTS: list[dict[str, Any]] = [
     {"groups": 2, "units": 9},
     {"groups": 3},
     {"stages": 3},
-    {"ahead": 1},
-    {"groups": 2, "units": 3, "ahead": 2, "total_stays": True},
 ]
 
 
@@ -95,33 +93,16 @@ def test_the_cut_changes_no_bit(form: str, cut: dict[str, Any]) -> None:
             one = product(x, packed, view, usual)
             wide.multiply(one)
             assert wide.tiles_of(one.form, num_tokens) == num_tokens // 8
-            chosen = replace(wide.tuning(one.form, num_tokens // 8), **cut)
-            wide.multiply(replace(one, out=other), chosen)
+            usual_one = wide.tuning(one.form, 1056 // 16, 4096 // 128, num_tokens, 0)
+            wide.multiply(replace(one, out=other), replace(usual_one, **cut))
             assert_same_bits(other, usual)
-
-
-@gpu
-@pytest.mark.parametrize(
-    ("form", "view", "group"),
-    [("bfloat16", "verify", 128), ("signed8", "verify", 64), ("affine4_offset", "verify", 32),
-     ("affine8_offset", "a8", 128), ("affine4_f16", "a4", 32), ("signed16", "a8 g128", 128)],
-)  # fmt: skip
-def test_weights_that_wait_in_shared_memory(form: str, view: str, group: int) -> None:
-    packed, x = layout.pack(random_stored(form, 1056, 2432, group)), fresh(64, 2432)
-    usual, other = poisoned(64, 1056), poisoned(64, 1056)
-    one = product(x, packed, VIEWS[view], usual)
-    wide.multiply(one)
-    for groups, ahead, total_stays in ((2, 1, False), (2, 2, True), (3, 1, False), (2, 0, True)):
-        chosen = wide.Tuning(groups, 3, ahead=ahead, total_stays=total_stays)
-        wide.multiply(replace(one, out=other.fill_(torch.nan)), chosen)
-        assert_same_bits(other, usual)
 
 
 def test_an_instance_without_room_for_x_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "num_multiprocessors", lambda _: 132)
     packed, x = layout.pack(random_stored("signed16", 256, 1024, 128), "cpu"), torch.zeros(64, 1024)
     with pytest.raises(AssertionError, match="no room for x beside Tuning"):
-        wide.multiply(product(x, packed, VERIFY, x), wide.Tuning(groups=4, ahead=2))
+        wide.multiply(product(x, packed, VERIFY, x), wide.Tuning(groups=4, tiles=20))
 
 
 @gpu
@@ -172,6 +153,29 @@ def test_multiprocessors_are_kept_busy(num_units: int, num_col_tiles: int, block
 
 
 @pytest.mark.parametrize(
+    ("form", "num_tokens", "groups"),
+    [
+        (Form(bits=16), 64, (3, 4, 4, 4)),
+        (Form(bits=16), 96, (3, 2, 3, 4)),
+        (Form(bits=16), 128, (3, 2, 3, 2)),
+        (Form(bits=4, is_signed=False), 64, (3, 4, 4, 4)),
+        (Form(bits=4, is_signed=False), 128, (2, 2, 2, 2)),
+        (Form(bits=4, act=8, act_group=128), 128, (3, 2, 3, 2)),
+        (Form(bits=4, act=8), 128, (2, 2, 2, 2)),
+        (Form(bits=4, has_offset=True), 64, (2, 2, 2, 2)),
+    ],
+)
+def test_warpgroups_are_chosen_by_the_matrix(
+    form: Form, num_tokens: int, groups: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an 8B layer, as measured: qkv, o, gate_up, down."""
+    monkeypatch.setattr(wide, "num_multiprocessors", lambda _: 132)
+    layer = [(384, 32), (256, 32), (1792, 32), (256, 112)]
+    chosen = [wide.tuning(form, *tiles, num_tokens, 0).groups for tiles in layer]
+    assert tuple(chosen) == groups
+
+
+@pytest.mark.parametrize(
     ("num_tokens", "tiles"),
     [(17, 4), (33, 5), (64, 8), (128, 16), (129, 20), (160, 20), (170, 12), (256, 16)],
 )
@@ -184,12 +188,6 @@ def test_it_compiles(compiled: Compile) -> None:
              Form(bits=4, is_signed=False, has_offset=True), Form(bits=8), Form(bits=16),
              Form(bits=0)]  # fmt: skip
     for form, token_tiles in zip(forms, [4, 6, 12, 5, 10, 16], strict=True):
-        shape = {
-            **form.defines(),
-            "NT": token_tiles,
-            "WGS": wide.tuning(form, token_tiles).groups,
-            "RANGES": wide.RANGES,
-        }
-        for ahead, total_stays in ((0, 0), (1, 0), (2, 1)):
-            chosen = {**shape, "AHEAD": ahead, "TOTAL_STAYS": total_stays}
+        for groups in wide.groups_of(form, token_tiles):
+            chosen = {**form.defines(), "NT": token_tiles, "WGS": groups, "RANGES": wide.RANGES}
             assert compiled("wide.cu", "sm_90a", chosen)

@@ -241,7 +241,7 @@ def test_the_self_check_runs_every_instance(seed: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(split, "can_run", lambda _, count, __: 2 <= count <= 64)
     monkeypatch.setattr(check, "pack", lambda one, _: layout.pack(one, "cpu"))
     monkeypatch.setattr(check, "COUNTS", [count for count in check.COUNTS if count <= 64])
-    check._check_form.__wrapped__(stored.spec, VIEWS["a8"], 0)
+    check._check_form.__wrapped__(stored.spec, frozenset({112}), VIEWS["a8"], 0)
     form = form_of_weight(layout.pack(stored, "cpu"), VIEWS["a8"])  # type: ignore[arg-type]
     assert set(chosen) == {one for tiles in range(1, 9) for one in split.instances(form, tiles)}
 

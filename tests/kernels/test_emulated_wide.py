@@ -101,11 +101,6 @@ def test_sums_that_are_not_there_and_operands_that_are_overwritten(seed: int) ->
     ("form", "view", "group", "num_tokens", "chosen"),
     [
         ("signed16", "verify", 128, 100, Tuning(groups=2, stages=3)),
-        ("signed16", "verify", 128, 100, Tuning(groups=2, ahead=2, total_stays=True)),
-        ("signed16", "verify", 64, 64, Tuning(groups=4, ahead=1)),
-        ("affine4_offset", "verify", 128, 64, Tuning(groups=2, ahead=1)),
-        ("affine8_offset", "a4", 32, 45, Tuning(groups=2, ahead=2)),
-        ("bfloat16", "verify", 128, 128, Tuning(groups=2, stages=3, ahead=1)),
         ("signed16", "verify", 32, 45, None),
         ("signed16", "a8", 64, 64, None),
         ("signed16", "a8 g128", 128, 64, Tuning(groups=2)),
@@ -139,9 +134,8 @@ def test_rows_are_those_of_the_direct_kernel(
     ("form", "num_tokens", "chosen"),
     [
         ("signed16", 100, Tuning(groups=2, stages=4, tiles=16)),
-        ("signed16", 100, Tuning(groups=2, stages=4, tiles=16, ahead=2, total_stays=True)),
         ("signed8", 41, Tuning(groups=2, stages=4, tiles=6)),
-        ("signed8", 90, Tuning(groups=2, stages=4, tiles=6, ahead=1)),  # two blocks
+        ("signed8", 90, Tuning(groups=2, stages=4, tiles=6)),  # two blocks
     ],
 )
 def test_the_cut_changes_no_bit(

@@ -54,8 +54,8 @@ def instances(
     if num_tokens >= wide.LEAST_TOKENS:
         seen = set()
         units = (None, 1, 2, 4, 8)
-        for groups, each, ahead, stays in product((2, 3, 4), units, (0, 1, 2), (False, True)):
-            other = wide.Tuning(groups, each, ahead=ahead, total_stays=stays)
+        for groups, each in product((2, 3, 4), units):
+            other = wide.Tuning(groups, each)
             found = wide.instance(form, row_tiles, col_tiles, num_tokens, device, other)
             launch = (found.kernel.defines, found.grid)
             if found.num_stages >= FEWEST_STAGES and launch not in seen:
@@ -162,7 +162,7 @@ def _compare(weight: PackedPlanes, view: View, count: int, found: Sequence[Tunin
 
 
 def _label(tuning: Tuning) -> str:
-    """What differs from the usual: "wide groups=2 ahead=1"."""
+    """What differs from the usual: "wide groups=2 units=8"."""
     kernel = "wide" if isinstance(tuning, wide.Tuning) else "split"
     values = [
         f"{one.name}={getattr(tuning, one.name)}"

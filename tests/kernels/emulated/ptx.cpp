@@ -67,21 +67,12 @@ void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
 }
 
 // Arrives now, or not before it is waited for.
-template <class T>
-inline void copy_later(u32 to, const T& value) {
+void copy_or_zero(u32 to, const void* from, bool is_inside) {
+  const uint4 value = is_inside ? *(const uint4*)from : uint4{};
   u8* const there = shared_at(to, sizeof value);
   const auto copy = [=]() { memcpy(there, &value, sizeof value); };
   if (this_emulated_block->draw() % 2) copy();
   else this_fiber->copies.push_back(copy);
-}
-
-void copy_or_zero(u32 to, const void* from, bool is_inside) {
-  copy_later(to, is_inside ? *(const uint4*)from : uint4{});
-}
-
-void copy4(u32 to, const void* from) {
-  if ((size_t)from % 4) fail("a copy from an address that is not aligned");
-  copy_later(to, *(const u32*)from);
 }
 
 void copy_commit() {

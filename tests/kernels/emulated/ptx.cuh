@@ -80,7 +80,6 @@ DEVICE u32 computed_once(u32 value) { return value; }
 // Arrives now, or not before it is waited for.
 void copy_or_zero(u32 to, const void* from, bool is_inside);
 DEVICE void copy16(u32 to, const void* from) { copy_or_zero(to, from, true); }
-void copy4(u32 to, const void* from);
 
 void copy_commit();
 

@@ -8,6 +8,7 @@ Tests in tests/kernels/test_cuda.py go further.
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -16,17 +17,18 @@ from torch import Tensor
 
 from qspec_llm.errors import QSpecError
 from qspec_llm.kernels import Rows, reference
-from qspec_llm.kernels.cuda import split
+from qspec_llm.kernels.cuda import split, wide
 from qspec_llm.kernels.cuda.device import is_interpreted
-from qspec_llm.kernels.cuda.form import form_of_weight
+from qspec_llm.kernels.cuda.form import Form, form_of_weight
 from qspec_llm.kernels.cuda.layout import (
+    TILE_ROWS,
     PackedDense,
     PackedMatrix,
     PackedPlain,
     PackedPlanes,
     pack,
 )
-from qspec_llm.kernels.cuda.linear import linear
+from qspec_llm.kernels.cuda.linear import Tuning, linear
 from qspec_llm.kernels.cuda.tables import embed
 from qspec_llm.weights.planes import Dense, Planes, PlaneSpec, Stored, draft_weight, verify_weight
 from qspec_llm.weights.view import VERIFY, View
@@ -53,25 +55,30 @@ def check(specs: Iterable[PlaneSpec | tuple[int, int]], views: Iterable[View]) -
     """Run every kernel that these tensors need in these views, and compare.
 
     Args:
-        specs: of the model's tensors; [N, K] stands for a dense bf16 one. Their rows do not matter.
+        specs: of the model's tensors; [N, K] stands for a dense bf16 one. Their rows decide
+            which instances are run, on few rows each.
         views: what the engine will read besides `VERIFY`.
 
     Raises:
         QSpecError: a kernel computed something else.
     """
-    sizes = {
-        replace(spec, num_rows=rows) if isinstance(spec, PlaneSpec) else (rows, spec[1])
-        for spec in specs
-        for rows in ROWS
-    }
+    sizes: dict[PlaneSpec | tuple[int, int], set[int]] = defaultdict(set)
+    for spec in specs:
+        for rows in ROWS:
+            if isinstance(spec, PlaneSpec):
+                sizes[replace(spec, num_rows=rows)].add(spec.num_rows)
+            else:
+                sizes[rows, spec[1]].add(spec[0])
     device = torch.cuda.current_device()
-    for spec in sizes:
+    for size, num_rows in sizes.items():
         for view in {VERIFY, *views}:
-            _check_form(spec, view, device)
+            _check_form(size, frozenset(num_rows), view, device)
 
 
 @functools.cache
-def _check_form(spec: PlaneSpec | tuple[int, int], view: View, device: int) -> None:
+def _check_form(
+    spec: PlaneSpec | tuple[int, int], num_rows: frozenset[int], view: View, device: int
+) -> None:
     stored: Stored
     if isinstance(spec, PlaneSpec):
         stored, name = some_planes(spec), f"a {spec.bits}-bit {spec.grid} tensor"
@@ -86,15 +93,15 @@ def _check_form(spec: PlaneSpec | tuple[int, int], view: View, device: int) -> N
         for count in (PROMPT_COUNT,) if is_prompt else COUNTS:
             generator = torch.Generator().manual_seed(count)
             x = torch.randn(count, cols, generator=generator).bfloat16()
-            wide = x.float()
+            same = x.float()
             if view.is_draft and isinstance(packed, PackedPlanes):
-                wide = reference.round_activations(wide, view)
-            expected = wide.double() @ weight.t()
+                same = reference.round_activations(same, view)
+            expected = same.double() @ weight.t()
             what = f"{name} of {cols} columns, {view.activation}, {count} rows"
             limit = LARGEST_ROUNDED if is_prompt else LARGEST_ERROR
-            chosen: tuple[split.Tuning | None, ...] = (None,)
-            if not is_prompt and split.can_run(form, count, device):
-                chosen = split.instances(form, math.ceil(count / 8))
+            chosen: Iterable[Tuning | None] = (None,)
+            if not is_prompt:
+                chosen = _instances(form, packed.base.shape[1], num_rows, count, device)
             for one in chosen:
                 out = torch.full((count, rows), torch.nan, device=packed.tensors()[0].device)
                 here = x.to(out.device)
@@ -105,6 +112,18 @@ def _check_form(spec: PlaneSpec | tuple[int, int], view: View, device: int) -> N
     if not view.is_draft:
         tokens = torch.arange(rows, device=packed.tensors()[0].device)
         _compare(embed(tokens, packed, torch.float32), weight, 1e-6, f"the look-up in {name}")
+
+
+def _instances(
+    form: Form, col_tiles: int, num_rows: frozenset[int], count: int, device: int
+) -> Iterable[Tuning | None]:
+    """Those that may be chosen for matrices of so many rows."""
+    if split.can_run(form, count, device):
+        return split.instances(form, math.ceil(count / 8))
+    if not wide.can_run(count, device):
+        return (None,)
+    tiles = {math.ceil(rows / TILE_ROWS) for rows in num_rows}
+    return {wide.tuning(form, each, col_tiles, count, device) for each in tiles}
 
 
 def _compare(out: Tensor, expected: Tensor, limit: float, what: str) -> None:

@@ -205,28 +205,28 @@ DEVICE void load_half(Raw& raw, const Place& at, int h) {
 #endif
 }
 
-// 64 columns of weights, as four steps' operands.
-DEVICE void decode_half(u32 (&a)[4][4], const Raw& raw) {
+// 32 of its columns as two steps' operands: the first ones or the last.
+DEVICE void decode_pair(u32 (&a)[2][4], const Raw& raw, int pair) {
 #if BITS
   const uint4 none = {0, 0, 0, 0}, w = raw.pieces[0];
   const uint4 e = PIECES > 1 ? raw.pieces[PIECES > 1] : none;
-  const u32 codes[4] = {w.x, w.y, w.z, w.w}, r4[4] = {e.x, e.y, e.z, e.w};
+  const uint4 f = PIECES > 2 ? raw.pieces[PIECES > 2 ? 2 + pair : 0] : none;
+  const u32 codes[2] = {pair ? w.z : w.x, pair ? w.w : w.y};
+  const u32 r4[2] = {pair ? e.z : e.x, pair ? e.w : e.y};
+  const u32 fine[2][2] = {{f.x, f.y}, {f.z, f.w}};
+  const int group = pair * 32 / GROUP;
+  const Factors factors = factors_of(raw.scales[group], raw.offsets[group]);
 #endif
 #pragma unroll
-  for (int step = 0; step < 4; step++) {
+  for (int i = 0; i < 2; i++) {
 #if BITS == 0
-    const uint4 d = raw.pieces[step];
-    a[step][0] = d.x, a[step][1] = d.y, a[step][2] = d.z, a[step][3] = d.w;
+    const uint4 d = raw.pieces[pair * 2 + i];
+    a[i][0] = d.x, a[i][1] = d.y, a[i][2] = d.z, a[i][3] = d.w;
 #else
-    const int group = step * 16 / GROUP;
-    const uint4 f = PIECES > 2 ? raw.pieces[PIECES > 2 ? 2 + step / 2 : 0] : none;
-    const u32 fine[2] = {step % 2 ? f.z : f.x, step % 2 ? f.w : f.y};
-    weights_of(a[step], codes[step], r4[step], fine,
-               factors_of(raw.scales[group], raw.offsets[group]));
+    weights_of(a[i], codes[i], r4[i], fine[i], factors);
 #endif
   }
-#pragma unroll
-  for (int step = 0; step < 4; step++) settle(a[step]);
+  settle(a[0]), settle(a[1]);
 }
 
 // A slot of x is free when this warp's products with it are done.
@@ -246,8 +246,8 @@ struct Progress {
 // The sums of a range, 64 rows a warpgroup.
 DEVICE void multiply(Accumulators& acc, Progress& at, const Problem& p, const Rings& r,
                      int num_tiles, int warp, int lane) {
-  u32 a[2][4][4];
-  int before = 0, oldest = 0;  // the slots of x before this one
+  u32 a[2][2][4];
+  int before = 0;  // the slot of x before this one
 #pragma unroll
   for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -261,37 +261,32 @@ DEVICE void multiply(Accumulators& acc, Progress& at, const Problem& p, const Ri
     if (h == 0) barrier_wait_whole(r.w_full + at.w.index * 8, at.w.parity);
     load_half(raw, Place(base, rest, lane), h);
   };
-  load(0);
-  // ptxas keeps products under way across a loop's end only if it sees four groups of them (C7513)
-#pragma unroll 2
   for (int tile = 0; tile < num_tiles; tile++) {
+    load(0);
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      wgmma_wait<1>();  // the products that read a[h] are done, and those before
-      if (tile > 0) release_x(r.x_empty + oldest * 8, lane);
-      decode_half(a[h], raw);
-      // the next half is on its way while these products are issued
-      if (h == 0) {
-        load(1);
-      } else {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(r.w_empty + at.w.index * 8);
-        at.w.advance(p.num_w);
-        if (tile + 1 < num_tiles) load(0);
-      }
-      barrier_wait_whole(r.x_full + at.x.index * 8, at.x.parity);
+    for (int pair = 0; pair < 4; pair++) {
+      wgmma_wait<1>();  // the products that read a[pair % 2] are done, and those before
+      if (pair % 2 && (pair == 3 || tile > 0)) release_x(r.x_empty + before * 8, lane);
+      decode_pair(a[pair % 2], raw, pair % 2);
+      if (pair == 1) load(1);  // on its way while these products are issued
+      if (pair % 2 == 0) barrier_wait_whole(r.x_full + at.x.index * 8, at.x.parity);
       const u32 b = x_descriptor(r.x + at.x.index * X_BYTES);
       wgmma_begin();
 #pragma unroll
-      for (int step = 0; step < 4; step++) wgmma_bf16<true>(acc, a[h][step], b + step * 2);
+      for (int i = 0; i < 2; i++) wgmma_bf16<true>(acc, a[pair % 2][i], b + (pair % 2 * 2 + i) * 2);
       wgmma_commit();
-      oldest = before, before = at.x.index;
-      at.x.advance(p.num_x);
+      if (pair % 2) {
+        before = at.x.index;
+        at.x.advance(p.num_x);
+      }
     }
+    // products that have been issued have their operands: all of the slot has been read
+    __syncwarp();
+    if (lane == 0) barrier_arrive(r.w_empty + at.w.index * 8);
+    at.w.advance(p.num_w);
   }
   wgmma_wait<0>();
   hold(acc);
-  release_x(r.x_empty + oldest * 8, lane);
   release_x(r.x_empty + before * 8, lane);
 }
 

@@ -93,7 +93,7 @@ def _instance(form: Form, row_tiles: int, num_tokens: int, tiles: int, ranges: i
     weights = WARPS * (form.base_bytes + form.rest_bytes)
     half = 8 * tiles * 128  # bytes of 64 columns of x
     room = SMEM - OUT_BYTES
-    num_w = 3 if 3 * weights + 4 * half <= room else 2
+    num_w = 3
     num_x = min(MAX_SLOTS, (room - num_w * weights) // half)
     return _Instance(
         kernel=kernel("fused.cu", "fused", **form.defines(), NT=tiles, RANGES=ranges),

@@ -142,13 +142,9 @@ DEVICE u32 load_once_u16(const void* from) {
   return v;
 }
 
-// Asynchronous copies of 16 or 4 bytes into shared memory, in groups.
+// Asynchronous copies of 16 bytes into shared memory, in groups.
 DEVICE void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-DEVICE void copy4(u32 to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
 // Zeros instead, where the source is not inside.

@@ -9,7 +9,7 @@
 // RANGES, range r from tile num_col_tiles * r / RANGES on; a range is summed from 0, group by group, and
 // the ranges' sums are added in order. Work is dealt out in units of one range of one block of rows: a
 // thread block takes so many in a row. What it has of one block of rows is a share, and it computes its
-// last share first. Rows that are shared:
+// last share first. The total of a share so far lies in shared memory. Rows that are shared:
 //   where thread blocks have few units, a total that lacks later ranges and the sums of ranges behind
 //   others' go to a workspace; all who share rows wait for each other at their end and fold a slice
 //   each. Where they have at least RANGES - 1 (`passes`), nobody is between two others: the first
@@ -19,8 +19,6 @@
 //   ACT   16: x is bf16, 8: x is int8 codes with meta {scale, sum} per ACT_GROUP columns and token
 //   NT    tiles of 8 tokens: 4, 5, 6, 8, 10, 12, 16 or 20; of int8 x 4, 6, 8, 12 or 16
 //   WGS   warpgroups         RANGES ranges of columns
-//   AHEAD tiles of each warp's weights under way to shared memory, 1 or 2; 0: one, straight to registers
-//   TOTAL_STAYS  the total of a share so far lies in registers, so that shared memory has room for more else
 
 #include "wide_products.cuh"
 #include "wide_sums.cuh"
@@ -107,7 +105,6 @@ struct Progress {
   int due;        // the tile at which it is its turn to fetch x
   int wrap;       // at which the ring of x starts again
   int switch_at;  // at which the next weights are those of another share
-  int asked;      // the block of rows whose weights are asked for until then
   int range_end;  // with which another range begins
   int range;
   Share share;
@@ -127,12 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   ring.meta = ring.x + p.num_stages * X_BYTES;
   ring.full = computed_once(smem_address(barriers));
   ring.empty = ring.full + MAX_STAGES * 8;
-  u32 room = ring.meta + p.num_stages * META_BYTES;  // behind x
-  Total total;
-#if !TOTAL_STAYS
-  total.at = room + threadIdx.x * 16;
-  room += THREADS * NT * 16;
-#endif
+  const u32 totals = ring.meta + p.num_stages * META_BYTES + threadIdx.x * 16;
 
   Raw raw = {};
   Share share;
@@ -141,35 +133,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     share = share_of(begin, end, (end - 1) / RANGES);
   }
   const int row_tile = share.block * WARPS + l.warp;
-  Stream next;
-  next.seek(p, l, row_tile, range_start(p, share.first));
+  Stream next(p, l, row_tile, range_start(p, share.first));
   // Rows beyond the matrix have no weights; what is multiplied for them is not stored.
   bool is_there = row_tile < p.num_row_tiles;
-  int left = range_start(p, share.last) - range_start(p, share.first) - 1;  // tiles of next's share behind it
-  int asked = share.block;
   // the first weights are on their way before anything else happens
-#if AHEAD
-  next.room = room + (l.warp * AHEAD * KEPT_BYTES + l.lane * 16);
-  next.rooms = 2 * next.room + (AHEAD - 1) * KEPT_BYTES;
-#endif
-#pragma unroll
-  for (int ahead = 0; ahead < LOOKAHEAD; ahead++) {
-    if (ahead) {  // the second of two; the loop over tiles goes on as this does
-      if (left == 0) {
-        const int begin = first_unit(p, blockIdx.x), end = first_unit(p, blockIdx.x + 1);
-        is_there = asked > begin / RANGES;
-        if (is_there) {
-          const Share other = share_of(begin, end, --asked);
-          left = range_start(p, other.last) - range_start(p, other.first);
-          next.seek(p, l, asked * WARPS + l.warp, range_start(p, other.first) - 1);
-        }
-      }
-      next.skip(), left--;
-    }
-    next.ask_for_scales(raw, is_there);
-    next.ask_for_half(raw, is_there, 0);
-    next.ask_for_half(raw, is_there, 1);
-  }
+  next.load_scales(raw, is_there);
+  next.load_half(raw, is_there, 0);
+  next.load_half(raw, is_there, 1);
   if (l.warp == 0) {
     for (int i = l.lane; i < p.num_stages; i += 32) {
       barrier_init(ring.full + i * 8, 1);
@@ -193,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     while (turn.index < min(p.num_stages, num_tiles)) turn.take(p, ring, &map, seldom, l.lane);
     if (l.lane == 0) {
       turns[l.warp] = turn;
-      at.due = turn.due(p, num_tiles), at.wrap = 0, at.switch_at = left, at.asked = asked;
+      at.due = turn.due(p, num_tiles), at.wrap = 0, at.switch_at = rare.head_tiles - 1;
       at.range = share.first;
       at.range_end = range_start(p, share.first + 1) - range_start(p, share.first);
       at.share.block = share.block, at.share.first = share.first, at.share.last = share.last;
@@ -227,14 +197,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (l.lane == 0) at.wrap = wrap;
       }
       if (tile == switch_at) {
-        is_there = tile + LOOKAHEAD < rare.num_tiles;
+        is_there = tile + 1 < rare.num_tiles;
         if (is_there) {
-          const Share other = share_of(rare.begin, rare.end, at.asked - 1);
+          const Share other = share_of(rare.begin, rare.end, at.share.block - 1);
           const int first_column = range_start(p, other.first);
-          next.seek(p, l, other.block * WARPS + l.warp, first_column - 1);
+          next = Stream(p, l, other.block * WARPS + l.warp, first_column - 1);
           switch_at += p.num_col_tiles - first_column;
-          __syncwarp();
-          if (l.lane == 0) at.switch_at = switch_at, at.asked = other.block;
+          if (l.lane == 0) at.switch_at = switch_at;
         }
       }
       int stop = min((int)at.range_end, wrap);
@@ -264,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     done.block = at.share.block, done.first = at.share.first, done.last = at.share.last;
     int range = at.range;
     __syncwarp();
-    end_range(p, l, acc, total, done, range);
+    end_range(p, l, acc, totals, done, range);
     if (++range == done.last) {
       const int begin = rare.begin, end = rare.end;
       if (!p.passes && (done.first > 0 || done.last < RANGES)) {

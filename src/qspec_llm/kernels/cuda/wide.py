@@ -23,6 +23,7 @@ __all__ = [
     "Tuning",
     "blocks_of",
     "can_run",
+    "groups_of",
     "instance",
     "multiply",
     "tiles_of",
@@ -49,16 +50,12 @@ class Tuning:
         groups: warpgroups, 64 rows each: 2, 3 or 4.
         units: most of a thread block; None lets `blocks_of` choose.
         stages: most tiles of x in shared memory.
-        ahead: tiles of each warp's weights that wait in shared memory, 0 to 2.
-        total_stays: sums so far lie in registers, not in shared memory.
         tiles: of 8 tokens in a block; None lets `tiles_of` choose.
     """
 
     groups: int
     units: int | None = None
     stages: int = MAX_STAGES
-    ahead: int = 0
-    total_stays: bool = False
     tiles: int | None = None
 
 
@@ -77,24 +74,40 @@ def tiles_of(form: Form, num_tokens: int) -> int:
     return next(tiles for tiles in widths if 8 * tiles >= share)
 
 
-def tuning(form: Form, token_tiles: int) -> Tuning:
-    """The measured best (docs/gpu-notes.md): warps, as many as the registers allow.
+def tuning(form: Form, row_tiles: int, col_tiles: int, num_tokens: int, device: int) -> Tuning:
+    """The measured best (docs/gpu-notes.md, item 9 of wide.cu), for a matrix of so many tiles."""
+    token_tiles = tiles_of(form, num_tokens)
+    slots = _slots(num_tokens, token_tiles, device)
 
-    From 16 tiles on two warpgroups do as well as three, whose blocks of rows do not divide o_proj
-    and down_proj of an 8B model evenly.
-    """
+    def cost(groups: int) -> float:
+        num_units = math.ceil(row_tiles / (4 * groups)) * RANGES
+        blocks = blocks_of(num_units, col_tiles, slots)
+        return _cost(blocks, num_units, col_tiles, slots) * _slowdown(groups, token_tiles)
+
+    return Tuning(groups=min(groups_of(form, token_tiles), key=cost))
+
+
+def _slots(num_tokens: int, token_tiles: int, device: int) -> int:
+    """Thread blocks of one block of tokens that run at once."""
+    return max(1, num_multiprocessors(device) // math.ceil(num_tokens / (8 * token_tiles)))
+
+
+def groups_of(form: Form, token_tiles: int) -> tuple[int, ...]:
+    """Numbers of warpgroups whose registers suffice."""
+    is_exact = form.bits in (0, 16)
     has_ones = form.act == 8 and form.group < form.act_group and token_tiles > 4
-    if _is_shifted(form) or has_ones or token_tiles >= 16:
-        return Tuning(groups=2)
+    if _is_shifted(form) or has_ones or token_tiles > 16:
+        return (2,)
     if token_tiles <= 8:
-        return Tuning(groups=4)
-    return Tuning(groups=2 if form.bits == 8 else 3)
+        return (4, 3, 2)
+    if token_tiles == 16:
+        return (3, 2) if is_exact or (form.act == 8 and form.act_group == 128) else (2,)
+    return (4, 3, 2) if is_exact else (2,) if form.bits == 8 else (3, 2)
 
 
-def _kept_bytes(form: Form) -> int:
-    """What shared memory keeps of a warp's tile of weights: wide_weights.cuh's KEPT_BYTES."""
-    pieces = form.bits // 4 or 4
-    return (2 * pieces + (form.bits > 0)) * 512
+def _slowdown(groups: int, token_tiles: int) -> float:
+    """Of a tile, as long as more warpgroups share a multiprocessor: most where tokens are many."""
+    return {2: 1.0, 3: 1.15, 4: 1.3 if token_tiles <= 8 else 1.6}[groups]
 
 
 def can_run(num_tokens: int, device: int) -> bool:
@@ -106,25 +119,31 @@ def can_run(num_tokens: int, device: int) -> bool:
 def blocks_of(num_units: int, num_col_tiles: int, slots: int) -> int:
     """Thread blocks among which units are dealt out: with which the busiest is done first.
 
-    A thread block costs about the time of two tiles of columns besides its own. Where it shares
-    rows, it costs one more if it has so many units that totals pass from one to the next, and
-    else six: sums go through the L2 and everyone waits for everyone.
-
     Args:
         num_units: ranges of blocks of rows, of one block of tokens.
         num_col_tiles: tiles of 128 columns.
         slots: thread blocks that run at once.
     """
-
-    def cost(blocks: int) -> float:
-        units = math.ceil(num_units / blocks)
-        sharing = 0 if blocks * RANGES == num_units else 1 if _passes(num_units, blocks) else 6
-        turns = math.ceil(blocks / slots)
-        return turns * (num_col_tiles * units / RANGES + 2) + sharing
-
     shares = [math.ceil(num_units / units) for units in range(1, RANGES + 1)]
     passing = min(slots, num_units // LEAST_PASSED)
-    return min([*reversed(shares), passing] if passing else shares, key=cost)
+    return min(
+        [*reversed(shares), passing] if passing else shares,
+        key=lambda blocks: _cost(blocks, num_units, num_col_tiles, slots),
+    )
+
+
+def _cost(num_blocks: int, num_units: int, num_col_tiles: int, slots: int) -> float:
+    """Time of so many thread blocks, in tiles of columns.
+
+    A thread block costs about the time of two tiles besides its own. Where it shares rows, it
+    costs one more if it has so many units that totals pass from one to the next, and else six:
+    sums go through the L2 and everyone waits for everyone.
+    """
+    units = math.ceil(num_units / num_blocks)
+    shares = num_blocks * RANGES != num_units
+    sharing = (1 if _passes(num_units, num_blocks) else 6) if shares else 0
+    turns = math.ceil(num_blocks / slots)
+    return turns * (num_col_tiles * units / RANGES + 2) + sharing
 
 
 def _passes(num_units: int, num_blocks: int) -> bool:
@@ -164,17 +183,16 @@ def instance(
     form: Form, row_tiles: int, col_tiles: int, num_tokens: int, device: int, chosen: Tuning | None
 ) -> Instance:
     """The kernel and its launch for a matrix of so many tiles; `chosen` as in `multiply`."""
-    token_tiles = (chosen and chosen.tiles) or tiles_of(form, num_tokens)
+    tuned = chosen or tuning(form, row_tiles, col_tiles, num_tokens, device)
+    token_tiles = tuned.tiles or tiles_of(form, num_tokens)
     tokens = token_tiles * 8
-    tuned = chosen or tuning(form, token_tiles)
+    token_blocks = math.ceil(num_tokens / tokens)
     threads = tuned.groups * 128
     row_blocks = math.ceil(row_tiles / (4 * tuned.groups))
-    token_blocks = math.ceil(num_tokens / tokens)
     sums = threads * token_tiles * 16  # bytes of a range of a block of rows
     places = row_blocks * token_blocks
-    slots = max(1, num_multiprocessors(device) // token_blocks)
     num_units = row_blocks * RANGES
-    num_blocks = blocks_of(num_units, col_tiles, slots)
+    num_blocks = blocks_of(num_units, col_tiles, _slots(num_tokens, token_tiles, device))
     if tuned.units:
         num_blocks = math.ceil(num_units / tuned.units)
     if col_tiles < RANGES:  # there are empty ranges: a thread block must not have these alone
@@ -186,10 +204,7 @@ def instance(
     stage = tokens * TILE_COLS * form.act // 8
     if form.act == 8:
         stage += TILE_COLS // form.act_group * tokens * 8
-    kept = tuned.ahead * 4 * tuned.groups * _kept_bytes(form)
-    if not tuned.total_stays:
-        kept += sums
-    num_stages = min((SMEM - kept) // stage, tuned.stages)
+    num_stages = min((SMEM - sums) // stage, tuned.stages)
     return Instance(
         kernel=kernel(
             "wide.cu",
@@ -198,15 +213,13 @@ def instance(
             NT=token_tiles,
             WGS=tuned.groups,
             RANGES=RANGES,
-            AHEAD=tuned.ahead,
-            TOTAL_STAYS=int(tuned.total_stays),
         ),
         grid=(num_blocks, token_blocks),
         threads=threads,
         num_row_blocks=row_blocks,
         num_stages=num_stages,
         passes=passes,
-        smem=1024 + num_stages * stage + kept,
+        smem=1024 + num_stages * stage + sums,
         box=(tokens, 128 if form.act == 8 else 64),
     )
 

@@ -1,6 +1,6 @@
 // A tile of weights times a tile of x, by warpgroup products: `multiply_tile` of each form of weights and of x.
 //
-// It asks for the next tile of weights as soon as this one's bytes are decoded. When it returns
+// It loads the next tile of weights into the registers of this one as soon as these are decoded. When it returns
 // its products are done, but where they stay in flight (ROLLS): there it has released the tile of x before.
 
 #pragma once
@@ -98,7 +98,6 @@ DEVICE void add_product(Accumulators& acc, IntegerProduct& of, const Lane& l, u3
 // Each product is under way while the one before it is scaled and added.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
                           const Stream& next, bool is_there) {
-  next.take_half(raw, l, 0);
   float scale[GROUPS_PER_TILE][2], shift[GROUPS_PER_TILE][2];
 #pragma unroll
   for (int group = 0; group < GROUPS_PER_TILE; group++) {
@@ -108,7 +107,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       shift[group][upper] = HAS_SHIFT ? row_shift(l, raw, group, upper) : 0.f;
     }
   }
-  next.ask_for_scales(raw, is_there);
+  next.load_scales(raw, is_there);
   u32 a[2][2][4];
 #if BITS == 8
   u32 fine[2][2][4];
@@ -125,7 +124,6 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     for (int h = 0; h < 2; h++) {
       // a half is decoded where its columns begin
       if (j >= PRODUCTS || subtile || h * 64 < column || h * 64 >= column + SUBGROUP) continue;
-      if (h) next.take_half(raw, l, h);
       const uint4 w = raw.pieces[h][0];
       signed_bytes_of(a[h][0], raised(w.x), raised(w.y));
       signed_bytes_of(a[h][1], raised(w.z), raised(w.w));
@@ -134,7 +132,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       bytes_of(fine[h][0], e.x, e.y, 4);
       bytes_of(fine[h][1], e.z, e.w, 4);
 #endif
-      next.ask_for_half(raw, is_there, h);
+      next.load_half(raw, is_there, h);
     }
     if (j >= 2) {
       const int k = j - 2, before = k / SUBTILES * SUBGROUP;
@@ -174,7 +172,6 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 // Products of bf16 x with levels, a group of columns at a time, then its scale.
 DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const TileOfX& tile,
                           const Stream& next, bool is_there) {
-  next.take_half(raw, l, 0);
   const float unit = BITS == 8 ? 1.f / 16.f : 1.f;
   float scale[GROUPS_PER_TILE][2];
 #if HAS_SHIFT
@@ -190,7 +187,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #endif
     }
   }
-  next.ask_for_scales(raw, is_there);
+  next.load_scales(raw, is_there);
   Operands a;
   float d[NT][4];
 #if HAS_SHIFT
@@ -202,7 +199,6 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
   for (int pair = 0; pair < 4; pair++) {
     const int h = pair / 2, group = pair * 32 / GROUP;
     const bool starts = pair * 32 % GROUP == 0, ends = (pair + 1) * 32 % GROUP == 0;
-    if (pair == 2) next.take_half(raw, l, h);
     if (pair >= 2) wgmma_wait<1>();  // the registers of the pair before the last are free
     const uint4 w = raw.pieces[h][0];
     const u32 codes[4] = {w.x, w.y, w.z, w.w};
@@ -217,7 +213,7 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       levels_of(a[pair % 2][i], codes[pair % 2 * 2 + i], low[pair % 2 * 2 + i]);
       settle(a[pair % 2][i]);
     }
-    if (pair % 2) next.ask_for_half(raw, is_there, h);
+    if (pair % 2) next.load_half(raw, is_there, h);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -260,7 +256,6 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
 #if !ROLLS
   Operands a;
 #endif
-  next.take_half(raw, l, 0);
 #if BITS == 16
   u32 scale[GROUPS_PER_TILE][2], half[GROUPS_PER_TILE][2];
 #pragma unroll
@@ -270,12 +265,11 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       anchor_factors(scale[group][upper], half[group][upper], spread(l, raw.scales, group, upper));
     }
   }
-  next.ask_for_scales(raw, is_there);
+  next.load_scales(raw, is_there);
 #endif
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {
     const int h = pair / 2;
-    if (pair == 2) next.take_half(raw, l, h);
     if (ROLLS || pair >= 2) wgmma_wait<1>();  // the registers of the pair before the last are free
 #if ROLLS
     if (pair == 1 && l.lane == 0 && release) barrier_arrive(release);  // so is the tile before
@@ -298,8 +292,8 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
     }
 #endif
     settle(now[0]), settle(now[1]);
-#if BITS || AHEAD
-    if (pair % 2) next.ask_for_half(raw, is_there, h);
+#if BITS
+    if (pair % 2) next.load_half(raw, is_there, h);
 #endif
     wgmma_begin();
 #pragma unroll
@@ -307,10 +301,10 @@ DEVICE void multiply_tile(Accumulators& acc, Raw& raw, const Lane& l, const Tile
       wgmma_bf16<true>(acc, now[i], tile.x + (h * (X_BYTES / 2) + (pair % 2 * 2 + i) * 32) / 16);
     }
     wgmma_commit();
-#if !BITS && !AHEAD
+#if !BITS
     if (pair % 2) {
       wgmma_wait<0>();  // these products read the very registers that the load writes
-      next.ask_for_half(raw, is_there, h);
+      next.load_half(raw, is_there, h);
     }
 #endif
   }

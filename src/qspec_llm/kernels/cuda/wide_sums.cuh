@@ -1,4 +1,4 @@
-// What becomes of a range's sums: totals of shares, sums and totals that thread blocks of the
+// What becomes of a range's sums: totals of shares in shared memory, sums and totals that thread blocks of the
 // same rows leave for each other, results.
 
 #pragma once
@@ -57,47 +57,28 @@ DEVICE void go_on(const Problem& p, const Lane& l, Accumulators& acc, int block)
   }
 }
 
-// The total of a share so far: in registers (TOTAL_STAYS) or in shared memory, [n][thread].
-struct Total {
-#if TOTAL_STAYS
-  Accumulators sums;
-#else
-  u32 at;  // this thread's place
-#endif
-
-  DEVICE void add_to(Accumulators& acc) const {
+// The total of a share so far lies in shared memory, [n][thread]: `totals` is this thread's place.
+DEVICE void add_total(Accumulators& acc, u32 totals) {
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-#if TOTAL_STAYS
-      const float(&before)[4] = sums[n];
-#else
-      const uint4 v = load_shared4(at + n * (THREADS * 16));
-      const float before[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
-                               __uint_as_float(v.w)};
-#endif
-#pragma unroll
-      for (int i = 0; i < 4; i++) acc[n][i] = before[i] + acc[n][i];
-    }
+  for (int n = 0; n < NT; n++) {
+    const uint4 before = load_shared4(totals + n * (THREADS * 16));
+    acc[n][0] = __uint_as_float(before.x) + acc[n][0];
+    acc[n][1] = __uint_as_float(before.y) + acc[n][1];
+    acc[n][2] = __uint_as_float(before.z) + acc[n][2];
+    acc[n][3] = __uint_as_float(before.w) + acc[n][3];
   }
+}
 
-  DEVICE void keep(const Accumulators& acc) {
+DEVICE void keep_total(u32 totals, const Accumulators& acc) {
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-#if TOTAL_STAYS
-#pragma unroll
-      for (int i = 0; i < 4; i++) sums[n][i] = acc[n][i];
-#else
-      store_shared4(at + n * (THREADS * 16), acc[n]);
-#endif
-    }
-  }
-};
+  for (int n = 0; n < NT; n++) store_shared4(totals + n * (THREADS * 16), acc[n]);
+}
 
 // A range of a share is summed.
-DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, Total& total,
+DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, u32 totals,
                       const Share& share, int range) {
   if (range > share.first) {
-    if (share.first == 0 || p.passes) total.add_to(acc);
+    if (share.first == 0 || p.passes) add_total(acc, totals);
   } else if (share.first > 0 && p.passes) {
     go_on(p, l, acc, share.block);
   }
@@ -105,7 +86,7 @@ DEVICE void end_range(const Problem& p, const Lane& l, Accumulators& acc, Total&
     const size_t at = (size_t)place_of(p, share.block) * RANGES + range;
     write_sums(p.parts + at * ITEMS + threadIdx.x, acc);
   } else if (range + 1 < share.last) {
-    total.keep(acc);
+    keep_total(totals, acc);
   } else if (share.last == RANGES) {
     float bias[2];
     bias_of_rows(bias, p, share.block, l);
