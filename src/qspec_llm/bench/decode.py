@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qspec_llm.bench.measure import run_in_turn
+from qspec_llm.bench.measure import run_in_turn, warm_up
 from qspec_llm.engine.engine import Engine, Gamma
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
 
 __all__ = ["TargetResult", "decode"]
+
+ROUNDS_OF_CYCLES = 5  # of engines that take turns by the round, not by the step
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def decode(
     params: SamplingParams,
     gamma: Gamma,
 ) -> TargetResult:
-    """Generate the same prompts plainly, plainly again, and with drafts, step by step in turn.
+    """Generate the same prompts plainly, plainly again, and with drafts, in turn.
 
     Args:
         new_engine: makes engines over the same weights, each with a KV cache of its own.
@@ -45,9 +47,18 @@ def decode(
         params: sampling options.
         gamma: tokens drafted in each cycle of the speculative run.
     """
+
+    def submit(engine: Engine) -> list[Request]:
+        return [engine.add(prompt, params) for prompt in prompts]
+
     engines = [new_engine(0), new_engine(0), new_engine(gamma)]
-    requests = [[engine.add(prompt, params) for prompt in prompts] for engine in engines]
-    run_in_turn(engines)
+    warm_up(engines, submit)
+    rounds = 1 if engines[0].cycles is None else ROUNDS_OF_CYCLES
+    requests: list[list[Request]] = [[] for _ in engines]
+    for _ in range(rounds):
+        for engine, made in zip(engines, requests, strict=True):
+            made += submit(engine)
+        run_in_turn(engines)
     plain, again, drafted = (
         _tokens_per_second(engine, group) for engine, group in zip(engines, requests, strict=True)
     )

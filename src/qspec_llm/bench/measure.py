@@ -12,9 +12,17 @@ from typing import TypeVar
 import torch
 
 from qspec_llm.engine.emit import Emission
-from qspec_llm.engine.engine import Engine
+from qspec_llm.engine.engine import Engine, StepSeconds
 
-__all__ = ["WARM_UP_ROUNDS", "Advance", "host_seconds", "interleaved", "run_in_turn", "wake_gpu"]
+__all__ = [
+    "WARM_UP_ROUNDS",
+    "Advance",
+    "host_seconds",
+    "interleaved",
+    "run_in_turn",
+    "wake_gpu",
+    "warm_up",
+]
 
 _Key = TypeVar("_Key", bound=Hashable)
 Advance = Callable[[], None]  # called after every timed call, for a progress bar
@@ -62,10 +70,31 @@ def run_in_turn(
     """Step engines until all are done; whichever has used the least time so far goes next.
 
     Their times, `Engine.seconds`, are then comparable: each step had the machine to itself, and
-    slow moments of the machine were shared out.
+    slow moments of the machine were shared out. Engines that launch cycles ahead of the host would
+    wait for each other's: they go one after the other.
     """
     while waiting := [engine for engine in engines if engine.has_work]:
         engine = min(waiting, key=lambda one: one.seconds.total)
+        if engine.cycles is not None:
+            engine = waiting[0]
         emissions = engine.step()
         if on_emit is not None:
             on_emit(engine, emissions)
+        if engine.cycles is not None and not engine.has_work:
+            torch.cuda.synchronize()  # a cycle may have been launched that nobody needs
+
+
+def warm_up(engines: Sequence[Engine], submit: Callable[[Engine], object]) -> None:
+    """Do what will be timed once before, where cycles are captured when they are first needed.
+
+    Args:
+        engines: all idle.
+        submit: adds the requests that will be timed.
+    """
+    if all(engine.cycles is None for engine in engines):
+        return
+    for engine in engines:
+        submit(engine)
+    run_in_turn(engines)
+    for engine in engines:
+        engine.seconds = StepSeconds()

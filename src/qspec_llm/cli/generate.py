@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qspec_llm.bench.measure import run_in_turn
+from qspec_llm.bench.measure import run_in_turn, warm_up
 from qspec_llm.cli.common import (
     check_prompt,
     load,
@@ -61,16 +61,16 @@ def run(args: argparse.Namespace) -> None:
     params = sampling_params(args)
     llm = load(args)
     prompts = [_encode(llm, text, args.raw) for text in texts]
-    requests = [group[0] for group in llm.submit(llm.engine, prompts, params)]
+    engines = [llm.engine]
+    if args.compare:
+        engines.append(llm.new_engine(gamma=0))
+        warm_up(engines, lambda engine: llm.submit(engine, prompts, params))
+    groups = [llm.submit(engine, prompts, params) for engine in engines]
+    requests, *plain = [[group[0] for group in each] for each in groups]
     console = Console(highlight=False)
     printer = _Printer(console, requests, texts, args.json)
-    plain: tuple[Engine, list[Request]] | None = None
-    if args.compare:
-        engine = llm.new_engine(gamma=0)
-        plain = engine, [group[0] for group in llm.submit(engine, prompts, params)]
-    engines = [llm.engine, plain[0]] if plain else [llm.engine]
     run_in_turn(engines, lambda engine, news: printer.show(news) if engine is llm.engine else None)
-    report = _report(llm, texts, requests, plain)
+    report = _report(llm, texts, requests, (engines[1], plain[0]) if plain else None)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
     else:

@@ -14,9 +14,9 @@ DEVICE float divide(float a, float b, float inverse) {
 // The scale of a group whose largest magnitude is `top`: value / scale, rounded, is a code.
 struct Scale {
   float value;
-  bool is_usual;  // where no remainder below underflows
+  bool is_usual;  // where no remainder below underflows; nor does it of zeros
 
-  DEVICE explicit Scale(float top) : is_usual(top > 1.1e-28f && top < 1e30f) {
+  DEVICE explicit Scale(float top) : is_usual(!(top > 0.f && top <= 1.1e-28f) && top < 1e30f) {
     value = is_usual ? divide(top, (float)TOP, 1.f / TOP) : __fdiv_rn(top, (float)TOP);
     divisor = fmaxf(value, 1.1754943508222875e-38f);
     inverse = __frcp_rn(divisor);
