@@ -1,4 +1,4 @@
-"""Engines that are compared take turns: by the step or, where they run ahead of the host, one by one."""
+"""Engines that are compared take turns: by the step or, where they run ahead, one by one."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class Engine:
     def has_work(self) -> bool:
         return any(len(one.output) < 4 for one in self._requests)
 
-    def add(self, prompt: list[int], params: SamplingParams) -> Request:  # noqa: ARG002
+    def add(self, prompt: list[int], params: SamplingParams) -> Request:
         self._requests.append(Request())
         return self._requests[-1]
 
@@ -52,7 +52,7 @@ def decoded(cycles: object) -> tuple[decode.TargetResult, str]:
     log: list[str] = []
     names = iter("abc")
 
-    def new_engine(gamma: object) -> Any:  # noqa: ARG001
+    def new_engine(gamma: object) -> Any:
         return Engine(next(names), log, cycles)
 
     result = decode.decode(new_engine, [[1]], SamplingParams(), 3)
