@@ -13,7 +13,8 @@ from helpers_engine import (
     ragged_prompts,
     tiny_decoder,
 )
-from qspec_llm.engine.engine import Engine
+from qspec_llm.bench.decode import decode
+from qspec_llm.engine.engine import Engine, Gamma
 from qspec_llm.engine.graphs import graphs_of
 from qspec_llm.engine.params import SamplingParams
 from qspec_llm.engine.request import Request
@@ -42,14 +43,14 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 
 
 def engine_of(
-    decoder: Decoder, *, graphs: bool, num_blocks: int = 64, max_batch: int = 4
+    decoder: Decoder, *, graphs: bool, num_blocks: int = 64, max_batch: int = 4, gamma: Gamma = 0
 ) -> Engine:
     kv = allocate(decoder.config, num_blocks, decoder.dtype, decoder.ops.device)
     return Engine(
         Runner(decoder, kv),
         ByteTokenizer(),
         DRAFT,
-        gamma=0,
+        gamma=gamma,
         max_batch=max_batch,
         graphs=graphs_of(decoder, kv, DRAFT, max_batch) if graphs else None,
     )
@@ -94,6 +95,18 @@ def test_graphs_give_the_tokens_and_counts_of_single_steps(decoder: Decoder, gam
         assert 0 < accepted <= tested
         # drafts of int4 read the same weights: so small a model may find all of them right
         assert accepted < tested or decoder.draft_bytes == decoder.stored_bytes
+
+
+def test_engines_that_are_compared_answer_alike(decoder: Decoder) -> None:
+    """They take turns, and each launches cycles ahead."""
+    result = decode(
+        lambda gamma: engine_of(decoder, graphs=True, gamma=gamma),
+        ragged_prompts(3, VOCABULARY),
+        greedy(12),
+        gamma=3,
+    )
+    assert result.identical
+    assert result.acceptance_rate is not None
 
 
 def test_gammas_mix_and_requests_come_and_go(decoder: Decoder) -> None:

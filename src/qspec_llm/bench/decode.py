@@ -10,7 +10,7 @@ from qspec_llm.engine.request import Request
 
 __all__ = ["TargetResult", "decode"]
 
-ROUNDS_OF_CYCLES = 5  # of engines that take turns by the round, not by the step
+ROUNDS_OF_CYCLES = 3  # of engines that take turns by the round, not by the step
 
 
 @dataclass(frozen=True)
