@@ -71,7 +71,7 @@ def test_the_instances_that_are_chosen_are_among_all(form, monkeypatch):
             token_tiles = -(-num_tokens // 8)
             assert split.tuning(form, token_tiles, 1792, 132) in found
         if num_tokens > split.MAX_TOKENS:
-            assert wide.tuning(form, 1792, 32, num_tokens, 0) in found
+            assert wide.tuning(form, num_tokens // 8, 1792, 32, 0) in found
             assert not any(label.startswith("split") for label in labels)
 
 

@@ -17,7 +17,7 @@ from test_cuda import assert_close, fresh, on_gpu
 from torch import Tensor
 
 from helpers_weights import FORMS
-from qspec_llm.kernels.cuda import direct, layout, wide
+from qspec_llm.kernels.cuda import check, direct, layout, split, wide
 from qspec_llm.kernels.cuda.activations import quantize
 from qspec_llm.kernels.cuda.form import Form, Product, form_of_weight
 from qspec_llm.kernels.cuda.linear import linear, wants_integers
@@ -93,7 +93,7 @@ def test_the_cut_changes_no_bit(form: str, cut: dict[str, Any]) -> None:
             one = product(x, packed, view, usual)
             wide.multiply(one)
             assert wide.tiles_of(one.form, num_tokens) == num_tokens // 8
-            usual_one = wide.tuning(one.form, 1056 // 16, 4096 // 128, num_tokens, 0)
+            usual_one = wide.tuning(one.form, num_tokens // 8, 1056 // 16, 4096 // 128, 0)
             wide.multiply(replace(one, out=other), replace(usual_one, **cut))
             assert_same_bits(other, usual)
 
@@ -172,8 +172,28 @@ def test_warpgroups_are_chosen_by_the_matrix(
     """Of an 8B layer, as measured: qkv, o, gate_up, down."""
     monkeypatch.setattr(wide, "num_multiprocessors", lambda _: 132)
     layer = [(384, 32), (256, 32), (1792, 32), (256, 112)]
-    chosen = [wide.tuning(form, *tiles, num_tokens, 0).groups for tiles in layer]
+    chosen = [wide.tuning(form, num_tokens // 8, *tiles, 0).groups for tiles in layer]
     assert tuple(chosen) == groups
+
+
+@pytest.mark.parametrize(
+    "form", [Form(bits=16), Form(bits=0), Form(bits=8), Form(bits=4, act=8, act_group=128)]
+)
+def test_the_self_check_meets_every_instance(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide, "num_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    num_rows = (6144, 4096, 28672)
+    checked = {
+        (wide.tiles_of(form, count), one)
+        for count in check.COUNTS
+        for one in check._instances(form, 32, frozenset(num_rows), count, 0)
+    }
+    for num_tokens in range(wide.LEAST_TOKENS, 400):
+        if split.can_run(form, num_tokens, 0):
+            continue
+        tiles = wide.tiles_of(form, num_tokens)
+        for rows in num_rows:
+            assert (tiles, wide.tuning(form, tiles, rows // 16, 32, 0)) in checked
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,9 @@ def _instances(
         return split.instances(form, math.ceil(count / 8))
     if not wide.can_run(count, device):
         return (None,)
-    tiles = {math.ceil(rows / TILE_ROWS) for rows in num_rows}
-    return {wide.tuning(form, each, col_tiles, count, device) for each in tiles}
+    row_tiles = {math.ceil(rows / TILE_ROWS) for rows in num_rows}
+    token_tiles = wide.tiles_of(form, count)
+    return {wide.tuning(form, token_tiles, each, col_tiles, device) for each in row_tiles}
 
 
 def _compare(out: Tensor, expected: Tensor, limit: float, what: str) -> None:

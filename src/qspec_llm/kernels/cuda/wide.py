@@ -74,22 +74,19 @@ def tiles_of(form: Form, num_tokens: int) -> int:
     return next(tiles for tiles in widths if 8 * tiles >= share)
 
 
-def tuning(form: Form, row_tiles: int, col_tiles: int, num_tokens: int, device: int) -> Tuning:
-    """The measured best (docs/gpu-notes.md, item 9 of wide.cu), for a matrix of so many tiles."""
-    token_tiles = tiles_of(form, num_tokens)
-    slots = _slots(num_tokens, token_tiles, device)
+def tuning(form: Form, token_tiles: int, row_tiles: int, col_tiles: int, device: int) -> Tuning:
+    """The measured best (docs/gpu-notes.md, item 9 of wide.cu), for a matrix of so many tiles.
+
+    However many blocks of tokens there are, so that the self-check meets every instance.
+    """
 
     def cost(groups: int) -> float:
         num_units = math.ceil(row_tiles / (4 * groups)) * RANGES
+        slots = num_multiprocessors(device)
         blocks = blocks_of(num_units, col_tiles, slots)
         return _cost(blocks, num_units, col_tiles, slots) * _slowdown(groups, token_tiles)
 
     return Tuning(groups=min(groups_of(form, token_tiles), key=cost))
-
-
-def _slots(num_tokens: int, token_tiles: int, device: int) -> int:
-    """Thread blocks of one block of tokens that run at once."""
-    return max(1, num_multiprocessors(device) // math.ceil(num_tokens / (8 * token_tiles)))
 
 
 def groups_of(form: Form, token_tiles: int) -> tuple[int, ...]:
@@ -183,16 +180,17 @@ def instance(
     form: Form, row_tiles: int, col_tiles: int, num_tokens: int, device: int, chosen: Tuning | None
 ) -> Instance:
     """The kernel and its launch for a matrix of so many tiles; `chosen` as in `multiply`."""
-    tuned = chosen or tuning(form, row_tiles, col_tiles, num_tokens, device)
-    token_tiles = tuned.tiles or tiles_of(form, num_tokens)
+    token_tiles = (chosen and chosen.tiles) or tiles_of(form, num_tokens)
     tokens = token_tiles * 8
     token_blocks = math.ceil(num_tokens / tokens)
+    tuned = chosen or tuning(form, token_tiles, row_tiles, col_tiles, device)
     threads = tuned.groups * 128
     row_blocks = math.ceil(row_tiles / (4 * tuned.groups))
     sums = threads * token_tiles * 16  # bytes of a range of a block of rows
     places = row_blocks * token_blocks
     num_units = row_blocks * RANGES
-    num_blocks = blocks_of(num_units, col_tiles, _slots(num_tokens, token_tiles, device))
+    slots = max(1, num_multiprocessors(device) // token_blocks)
+    num_blocks = blocks_of(num_units, col_tiles, slots)
     if tuned.units:
         num_blocks = math.ceil(num_units / tuned.units)
     if col_tiles < RANGES:  # there are empty ranges: a thread block must not have these alone
