@@ -41,6 +41,9 @@ def decode(
 ) -> TargetResult:
     """Generate the same prompts plainly, plainly again, and with drafts, in turn.
 
+    Engines that launch cycles ahead have done it all once before, so that their times are those of
+    answers alone: most of a prompt is found in the cache.
+
     Args:
         new_engine: makes engines over the same weights, each with a KV cache of its own.
         prompts: token ids.

@@ -71,16 +71,15 @@ def run_in_turn(
 
     Their times, `Engine.seconds`, are then comparable: each step had the machine to itself, and
     slow moments of the machine were shared out. Engines that launch cycles ahead of the host would
-    wait for each other's: they go one after the other.
+    wait for each other's: they go one after the other. All are of one kind.
     """
     while waiting := [engine for engine in engines if engine.has_work]:
-        engine = min(waiting, key=lambda one: one.seconds.total)
-        if engine.cycles is not None:
-            engine = waiting[0]
+        runs_ahead = waiting[0].cycles is not None
+        engine = waiting[0] if runs_ahead else min(waiting, key=lambda one: one.seconds.total)
         emissions = engine.step()
         if on_emit is not None:
             on_emit(engine, emissions)
-        if engine.cycles is not None and not engine.has_work:
+        if runs_ahead and not engine.has_work:
             torch.cuda.synchronize()  # a cycle may have been launched that nobody needs
 
 

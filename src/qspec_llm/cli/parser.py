@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add_sampling_options(generate)
     generate.add_argument("--raw", action="store_true", help="do not apply the chat template")
     generate.add_argument(
-        "--compare", action="store_true", help="also decode plainly, interleaved, and compare"
+        "--compare", action="store_true", help="also decode plainly, in turn, and compare"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 

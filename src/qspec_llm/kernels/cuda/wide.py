@@ -79,10 +79,10 @@ def tuning(form: Form, token_tiles: int, row_tiles: int, col_tiles: int, device:
 
     However many blocks of tokens there are, so that the self-check meets every instance.
     """
+    slots = num_multiprocessors(device)
 
     def cost(groups: int) -> float:
         num_units = math.ceil(row_tiles / (4 * groups)) * RANGES
-        slots = num_multiprocessors(device)
         blocks = blocks_of(num_units, col_tiles, slots)
         return _cost(blocks, num_units, col_tiles, slots) * _slowdown(groups, token_tiles)
 
@@ -90,16 +90,17 @@ def tuning(form: Form, token_tiles: int, row_tiles: int, col_tiles: int, device:
 
 
 def groups_of(form: Form, token_tiles: int) -> tuple[int, ...]:
-    """Numbers of warpgroups whose registers suffice."""
-    is_exact = form.bits in (0, 16)
+    """Numbers of warpgroups that may be fastest: whose registers suffice, or nearly."""
     has_ones = form.act == 8 and form.group < form.act_group and token_tiles > 4
     if _is_shifted(form) or has_ones or token_tiles > 16:
         return (2,)
     if token_tiles <= 8:
         return (4, 3, 2)
+    if form.bits in (0, 16):
+        return (4, 3, 2) if token_tiles < 16 else (3, 2)
     if token_tiles == 16:
-        return (3, 2) if is_exact or (form.act == 8 and form.act_group == 128) else (2,)
-    return (4, 3, 2) if is_exact else (2,) if form.bits == 8 else (3, 2)
+        return (3, 2) if form.act == 8 and form.act_group == 128 else (2,)
+    return (2,) if form.bits == 8 else (3, 2)
 
 
 def _slowdown(groups: int, token_tiles: int) -> float:
